@@ -1,0 +1,1 @@
+"""Data: KuaiRand archives and synthetic users in, per-user sequences and a request timeline out."""

@@ -1,0 +1,56 @@
+"""Hardware presets (published ceilings of known GPUs) and the name of this machine's processor."""
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class HardwarePreset:
+    """A GPU that users compare with. It changes benchmark defaults and never labels a result.
+
+    `device_pattern` is matched against the driver's device name. `peak_bf16_tflops` is the dense
+    rate (no sparsity) and `memory_gb_per_s` the bandwidth, both from the vendor's data sheet.
+    """
+
+    name: str
+    device_pattern: str
+    peak_bf16_tflops: float
+    memory_gb_per_s: float
+    page_size: int = 32
+    num_heads: int = 4
+    head_dim: int = 256
+
+    def matches(self, device_name: str) -> bool:
+        """Whether a device of this name, as its driver reports it, is this GPU."""
+        return re.search(self.device_pattern, device_name, re.IGNORECASE) is not None
+
+
+HARDWARE_PRESETS: dict[str, HardwarePreset] = {
+    preset.name: preset
+    for preset in (
+        HardwarePreset("l20", r"\bL20\b", 119.5, 864.0),
+        HardwarePreset("l40s", r"\bL40S\b", 362.0, 864.0),
+        HardwarePreset("a100", r"\bA100\b", 312.0, 2039.0),
+        HardwarePreset("h100", r"\bH100\b", 989.4, 3352.0),
+        HardwarePreset("h200", r"\bH200\b", 989.4, 4800.0),
+        HardwarePreset("b200", r"\bB200\b", 2250.0, 8000.0, page_size=128, num_heads=8, head_dim=128),
+    )
+}
+
+
+def cpu_name() -> str:
+    """The processor's marketing name where the system tells it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def physical_memory_bytes() -> int:
+    """Main memory of this machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

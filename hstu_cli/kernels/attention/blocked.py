@@ -1,0 +1,109 @@
+"""HSTU attention in plain torch, block by block: computes only what the mask allows.
+
+A block of query rows meets the keys up to its last row in one strip, so the work is the causal half
+and the largest intermediate is one strip. SiLU(0) = 0 does the masking: scores that must not count
+are zeroed before SiLU, and zero padding adds nothing.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+# Shapes: G sequences padded to n history tokens and c candidates, H heads, d head_dim, R rows.
+
+BLOCK_ROWS = 256
+"""Query rows of one strip."""
+
+GROUPED_LENGTH = 256
+"""Sequences with at most this much history run together, padded to the longest of their group."""
+
+GROUP_TOKENS = 8192
+"""The most padded tokens of a group, which bounds its intermediates."""
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: list[int],
+    num_candidates: list[int],
+    *,
+    alpha: float,
+    scaling_seqlen: int,
+) -> torch.Tensor:
+    """See `hstu_attention`."""
+    # The sum over the keys may pass fp16's range before it is divided by L, and weights divided by
+    # L first may fall below it. A power of two on v splits the division without rounding.
+    value_scale = 2.0 ** -round(math.log2(scaling_seqlen) / 2)
+    output_scale = 1.0 / (scaling_seqlen * value_scale)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for group in _groups_of_similar_length(offsets, num_candidates):
+        history = [slice(offsets[b], offsets[b + 1] - num_candidates[b]) for b in group]
+        candidates = [slice(offsets[b + 1] - num_candidates[b], offsets[b + 1]) for b in group]
+        k_h, v_h = _pad(k, history), _pad(v, history) * value_scale  # [G, H, n, d]
+        _unpad(out, history, causal_attention(_pad(q, history) * alpha, k_h, v_h), output_scale)
+        if any(num_candidates[b] for b in group):
+            q_c = _pad(q, candidates) * alpha  # [G, H, c, d]
+            k_c, v_c = _pad(k, candidates), _pad(v, candidates) * value_scale
+            _unpad(out, candidates, candidate_attention(q_c, k_c, v_c, k_h, v_h), output_scale)
+    return out
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Every history row over the rows up to itself; q (scaled by alpha), k, v, result: [G, H, n, d]."""
+    out = torch.empty_like(q)
+    num_rows = q.shape[2]
+    for start in range(0, num_rows, BLOCK_ROWS):
+        end = min(start + BLOCK_ROWS, num_rows)
+        scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2)  # [G, H, R, end]
+        scores[..., start:].tril_()
+        out[:, :, start:end] = F.silu(scores, inplace=True) @ v[:, :, :end]
+    return out
+
+
+def candidate_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_history: torch.Tensor, v_history: torch.Tensor
+) -> torch.Tensor:
+    """Every candidate over the whole history and itself.
+
+    q (scaled by alpha), k, v, result: [G, H, c, d]; k_history, v_history: [G, H, n, d].
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)  # a single dot product loses most to rounding
+    own_score = (q.to(wide) * k.to(wide)).sum(-1, keepdim=True)  # [G, H, c, 1]
+    out = F.silu(own_score).to(v.dtype) * v
+    for start in range(0, q.shape[2], BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        scores = q[:, :, rows] @ k_history.transpose(-1, -2)  # [G, H, R, n]
+        out[:, :, rows] += F.silu(scores, inplace=True) @ v_history
+    return out
+
+
+def _groups_of_similar_length(offsets: list[int], num_candidates: list[int]) -> Iterator[list[int]]:
+    """Sequence numbers in groups to pad together: short ones by length, each long one alone."""
+    lengths = [end - start - c for start, end, c in zip(offsets, offsets[1:], num_candidates, strict=False)]
+    group: list[int] = []
+    for b in sorted(range(len(lengths)), key=lambda b: (lengths[b], num_candidates[b])):
+        padded = lengths[b] + max(num_candidates[b], *(num_candidates[g] for g in group), 0)
+        wasteful = group and lengths[b] > 2 * lengths[group[0]] + 16
+        if group and (wasteful or lengths[b] > GROUPED_LENGTH or (len(group) + 1) * padded > GROUP_TOKENS):
+            yield group
+            group = []
+        group.append(b)
+    if group:
+        yield group
+
+
+def _pad(x: torch.Tensor, rows: list[slice]) -> torch.Tensor:
+    """Rows of x [T, H, d] as [G, H, longest, d], zero behind the end of the shorter ones."""
+    if len(rows) == 1:
+        return x[rows[0]].transpose(0, 1).contiguous()[None]
+    return pad_sequence([x[r] for r in rows], batch_first=True).transpose(1, 2).contiguous()
+
+
+def _unpad(out: torch.Tensor, rows: list[slice], padded: torch.Tensor, scale: float) -> None:
+    """Write the filled part of padded [G, H, longest, d], times scale, to its rows of out [T, H, d]."""
+    for r, one in zip(rows, padded.unbind(), strict=True):
+        out[r] = one[:, : r.stop - r.start].transpose(0, 1) * scale

@@ -1,0 +1,81 @@
+"""The HSTU layer and the block of layers; attention comes from outside, so that a cache can slot in."""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hstu_cli.config import ModelConfig
+from hstu_cli.kernels import hstu_attention
+
+# Shapes: T tokens (jagged over the batch), D hidden_dim, H heads, d head_dim.
+
+
+class Attention(Protocol):
+    """What a layer asks of a batch: the attention output of its new tokens."""
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """o [T, H, d] for q, k and v [T, H, d] of layer number `layer`."""
+        ...
+
+
+class JaggedAttention:
+    """Attention over the tokens of the batch alone: nothing is cached."""
+
+    def __init__(
+        self, config: ModelConfig, seq_offsets: torch.Tensor, num_candidates: torch.Tensor, impl: str = "auto"
+    ) -> None:
+        self.config = config
+        self.seq_offsets = seq_offsets
+        self.num_candidates = num_candidates
+        self.impl = impl
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See `Attention`."""
+        return hstu_attention(
+            q,
+            k,
+            v,
+            self.seq_offsets,
+            self.num_candidates,
+            alpha=self.config.alpha,
+            scaling_seqlen=self.config.scaling_seqlen,
+            impl=self.impl,
+        )
+
+
+class HSTULayer(nn.Module):
+    """One layer: `x' = x + (LayerNorm(attention(q, k, v)) * u) W_o` with u, v, q, k from SiLU(norm(x) W).
+
+    Equations 1 to 3 of "Actions Speak Louder than Words" (ICML 2024).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.input_norm = nn.LayerNorm(config.hidden_dim, eps=config.norm_eps)
+        self.uvqk = nn.Linear(config.hidden_dim, 4 * config.attention_dim)
+        self.output_norm = nn.LayerNorm(config.attention_dim, eps=config.norm_eps)
+        self.output = nn.Linear(config.attention_dim, config.hidden_dim, bias=False)
+
+    def forward(self, x: torch.Tensor, attention: Attention, layer: int) -> torch.Tensor:
+        """x [T, D] to x' [T, D]."""
+        uvqk = F.silu(self.uvqk(self.input_norm(x)))  # [T, 4 * H * d]
+        u, v, q, k = uvqk.view(-1, 4, self.num_heads, self.head_dim).unbind(1)  # [T, H, d] each
+        o = attention(layer, q, k, v)  # [T, H, d]
+        gated = self.output_norm(o.flatten(1)) * u.flatten(1)  # [T, H * d]
+        return x + self.output(gated)
+
+
+class HSTUBlock(nn.ModuleList):
+    """The layers in order."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(HSTULayer(config) for _ in range(config.num_layers))
+
+    def forward(self, x: torch.Tensor, attention: Attention) -> torch.Tensor:
+        """x [T, D] through all layers."""
+        for index, layer in enumerate(self):
+            x = layer(x, attention, index)
+        return x
