@@ -76,9 +76,7 @@ class ModelConfig:
             )
         for feature in self.contextual_features:
             if feature not in CONTEXTUAL_FEATURES:
-                raise ValueError(
-                    f"contextual_features holds {feature!r}; known are {', '.join(CONTEXTUAL_FEATURES)}"
-                )
+                raise ValueError(f"contextual_features holds {feature!r}; known are {', '.join(CONTEXTUAL_FEATURES)}")
         if len(set(self.contextual_features)) != len(self.contextual_features):
             raise ValueError(f"contextual_features holds a name twice: {list(self.contextual_features)}")
         for name in ("norm_eps", "next_item_temperature"):
@@ -126,8 +124,7 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
         return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
 
     @classmethod
@@ -137,9 +134,7 @@ class ModelConfig:
         unknown = sorted(set(fields) - set(known))
         if unknown:
             raise ValueError(f"unknown field {', '.join(unknown)}; known are {', '.join(known)}")
-        missing = [
-            name for name, field in known.items() if field.default is dataclasses.MISSING and name not in fields
-        ]
+        missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in fields]
         if missing:
             raise ValueError(f"missing field {', '.join(missing)}")
         return cls(**fields)

@@ -41,7 +41,9 @@ def extract(archive: Path, names: Iterable[str], folder: Path, *, max_bytes: int
     except OSError as error:
         if error.errno is None:  # gzip.BadGzipFile: the file is not what its name says
             raise InputError(f"{archive} is not a .tar.gz file: {error}.") from error
-        raise RunError(f"{archive} could not be extracted to {folder}: {error.strerror}. Nothing was changed.") from error
+        raise RunError(
+            f"{archive} could not be extracted to {folder}: {error.strerror}. Nothing was changed."
+        ) from error
     missing = sorted(wanted - set(found))
     if missing:
         raise InputError(f"{archive} lacks {', '.join(missing)}.")

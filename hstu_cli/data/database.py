@@ -39,9 +39,7 @@ class ScratchDatabase:
             folder / "scratch.duckdb",
             config={"memory_limit": MEMORY_LIMIT, "temp_directory": str(folder / "spill")},
         )
-        self._run(
-            "CREATE TABLE events (user_id BIGINT, video_id BIGINT, action_weights SMALLINT, time_ms BIGINT)"
-        )
+        self._run("CREATE TABLE events (user_id BIGINT, video_id BIGINT, action_weights SMALLINT, time_ms BIGINT)")
 
     def __enter__(self) -> "ScratchDatabase":
         return self

@@ -21,7 +21,8 @@ four times, sorting and the result take less than two."""
 @dataclass(frozen=True, slots=True)
 class KuaiRandOptions:
     """How to prepare a release. `archive`: one on disk instead of the download; `md5`: its sum, or
-    that of the file on another `base_url`, where it is not the official one."""
+    that of the file on another `base_url`, where it is not the official one.
+    """
 
     archive: Path | None = None
     md5: str | None = None
@@ -49,9 +50,7 @@ def prepare_kuairand(
         archive, md5 = _obtain(release, root, options, on_stage, on_download)
         check_disk_space(work, WORK_FACTOR * archive.stat().st_size)
         on_stage("extracting")
-        files = extract(
-            archive, [*release.log_files, release.user_file], work, max_bytes=release.max_unpacked_bytes
-        )
+        files = extract(archive, [*release.log_files, release.user_file], work, max_bytes=release.max_unpacked_bytes)
         with ScratchDatabase(work) as database:
             on_stage("reading the logs")
             dropped = database.load_events(

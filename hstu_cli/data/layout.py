@@ -92,7 +92,8 @@ def data_root(option: Path | None) -> Path:
 
 def prepared_datasets(root: Path) -> list[str]:
     """Names of the data sets under `root` that have a metadata file."""
-    return [name for name in DATASETS if os.path.exists(root / name / METADATA_FILE)]
+    # os.path.exists, because Path.exists raises where the folder may not be read.
+    return [name for name in DATASETS if os.path.exists(root / name / METADATA_FILE)]  # noqa: PTH110
 
 
 def prepare_command(dataset: str, root: Path | None = None) -> str:
@@ -106,7 +107,9 @@ def make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"The folder {folder} cannot be made: {error.strerror}. Choose another --data-root.") from error
+        raise InputError(
+            f"The folder {folder} cannot be made: {error.strerror}. Choose another --data-root."
+        ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"The folder {folder} is not writable. Choose another --data-root.")
     return folder

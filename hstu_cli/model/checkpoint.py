@@ -47,7 +47,7 @@ def save_checkpoint(model: RankingModel, path: str | os.PathLike[str]) -> None:
             save_file(state, Path(scratch, WEIGHTS_FILE))
             Path(scratch, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for name in (WEIGHTS_FILE, CONFIG_FILE):
-                os.replace(Path(scratch, name), folder / name)
+                Path(scratch, name).replace(folder / name)
     except OSError as error:
         raise InputError(f"The checkpoint cannot be written to {folder}: {error.strerror or error}.") from error
 

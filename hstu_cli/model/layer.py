@@ -16,7 +16,7 @@ class Attention(Protocol):
     """What a layer asks of a batch: the attention output of its new tokens."""
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """o [T, H, d] for q, k and v [T, H, d] of layer number `layer`."""
+        """O [T, H, d] for q, k and v [T, H, d] of layer number `layer`."""
         ...
 
 
@@ -60,7 +60,7 @@ class HSTULayer(nn.Module):
         self.output = nn.Linear(config.attention_dim, config.hidden_dim, bias=False)
 
     def forward(self, x: torch.Tensor, attention: Attention, layer: int) -> torch.Tensor:
-        """x [T, D] to x' [T, D]."""
+        """X [T, D] to x' [T, D]."""
         uvqk = F.silu(self.uvqk(self.input_norm(x)))  # [T, 4 * H * d]
         u, v, q, k = uvqk.view(-1, 4, self.num_heads, self.head_dim).unbind(1)  # [T, H, d] each
         o = attention(layer, q, k, v)  # [T, H, d]
@@ -75,7 +75,7 @@ class HSTUBlock(nn.ModuleList):
         super().__init__(HSTULayer(config) for _ in range(config.num_layers))
 
     def forward(self, x: torch.Tensor, attention: Attention) -> torch.Tensor:
-        """x [T, D] through all layers."""
+        """X [T, D] through all layers."""
         for index, layer in enumerate(self):
             x = layer(x, attention, index)
         return x

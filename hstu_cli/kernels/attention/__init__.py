@@ -4,6 +4,8 @@ Section 3.2 of "Actions Speak Louder than Words" (ICML 2024): SiLU takes the sof
 row needs no normalisation and partial sums over keys simply add.
 """
 
+from itertools import pairwise
+
 import torch
 
 from hstu_cli.kernels.dispatch import choose_impl
@@ -65,14 +67,16 @@ def check_jagged_inputs(
     offsets = _int_list("seq_offsets", seq_offsets)
     if not offsets or offsets[0] != 0 or offsets[-1] != q.shape[0]:
         raise ValueError(f"seq_offsets must run from 0 to the {q.shape[0]} tokens, not {_ends(offsets)}")
-    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(offsets)]
     if any(length < 0 for length in lengths):
         raise ValueError("seq_offsets must never decrease")
     if num_candidates is None:
         return offsets, [0] * len(lengths)
     candidates = _int_list("num_candidates", num_candidates)
     if len(candidates) != len(lengths):
-        raise ValueError(f"num_candidates must hold one count for each of {len(lengths)} sequences, not {len(candidates)}")
+        raise ValueError(
+            f"num_candidates must hold one count for each of {len(lengths)} sequences, not {len(candidates)}"
+        )
     for count, length in zip(candidates, lengths, strict=True):
         if not 0 <= count <= length:
             raise ValueError(f"num_candidates holds {count} for a sequence of {length} tokens")

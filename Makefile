@@ -1,0 +1,36 @@
+# `make demo` and `make test` each work as the first command after a clone.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# Made when the environment is complete, and again when what it holds has changed.
+READY  := $(VENV)/.ready
+
+.PHONY: help setup demo test lint format clean
+
+help:  ## Show these targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY)  ## Make .venv with the package and all that the tests need
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test,plot]'
+	touch $@
+
+demo: $(READY)  ## Replay synthetic requests through a random model on this machine
+	$(BIN)/hstu infer --config tiny --steps 50
+
+test: $(READY)  ## Run the tests (add ARGS='-m slow' for the long ones)
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(READY)  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## Format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove .venv and everything built
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

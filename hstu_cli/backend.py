@@ -1,0 +1,184 @@
+"""Devices behind one interface: what there is, why something is not, and what to wait for.
+
+Only this file names `torch.cuda` and `torch.npu`.
+"""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from hstu_cli.errors import UnavailableError, UsageError
+from hstu_cli.hardware import HARDWARE_PRESETS, HardwarePreset, cpu_name, physical_memory_bytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Backend:
+    """A plain CPU; the accelerators below replace what differs."""
+
+    type = "cpu"
+    default_dtype = "fp32"
+
+    def __init__(self, index: int = 0) -> None:
+        self.device = torch.device(self.type) if self.type == "cpu" else torch.device(self.type, index)
+
+    @classmethod
+    def why_unavailable(cls) -> str | None:
+        """What is missing, as a sentence that says how to get it; None where this backend works."""
+        return None
+
+    @classmethod
+    def device_count(cls) -> int:
+        """Devices of this backend."""
+        return 1
+
+    @property
+    def device_name(self) -> str:
+        """The device's name as its driver or the system tells it."""
+        return cpu_name()
+
+    @property
+    def memory_bytes(self) -> int:
+        """The device's memory."""
+        return physical_memory_bytes()
+
+    def synchronize(self) -> None:
+        """Wait until all queued work is done."""
+
+
+class CudaBackend(Backend):
+    """An NVIDIA GPU."""
+
+    type = "cuda"
+    default_dtype = "bf16"
+
+    @classmethod
+    def why_unavailable(cls) -> str | None:
+        """See `Backend`."""
+        if torch.version.cuda is None:
+            return "this torch is built without CUDA; install one that is (pip install torch, on Linux)."
+        if not torch.cuda.is_available():
+            return "torch finds no NVIDIA GPU; check that nvidia-smi lists one and that its driver is recent enough."
+        return None
+
+    @classmethod
+    def device_count(cls) -> int:
+        """See `Backend`."""
+        return torch.cuda.device_count()
+
+    @property
+    def device_name(self) -> str:
+        """See `Backend`."""
+        return torch.cuda.get_device_name(self.device)
+
+    @property
+    def memory_bytes(self) -> int:
+        """See `Backend`."""
+        return torch.cuda.get_device_properties(self.device).total_memory
+
+    def synchronize(self) -> None:
+        """See `Backend`."""
+        torch.cuda.synchronize(self.device)
+
+
+class NpuBackend(Backend):
+    """An Ascend NPU, through torch_npu."""
+
+    type = "npu"
+    default_dtype = "bf16"
+
+    @classmethod
+    def why_unavailable(cls) -> str | None:
+        """See `Backend`."""
+        if importlib.util.find_spec("torch_npu") is None:
+            return "torch_npu is not installed; install Ascend's CANN toolkit, then pip install 'hstu[npu]'."
+        try:
+            importlib.import_module("torch_npu")  # registers torch.npu
+        except (ImportError, OSError) as error:
+            return f"torch_npu does not load ({error}); source CANN's set_env.sh first."
+        if not torch.npu.is_available():
+            return "torch_npu finds no NPU; check that npu-smi info lists one."
+        return None
+
+    @classmethod
+    def device_count(cls) -> int:
+        """See `Backend`."""
+        return torch.npu.device_count()
+
+    @property
+    def device_name(self) -> str:
+        """See `Backend`."""
+        return torch.npu.get_device_name(self.device.index)
+
+    @property
+    def memory_bytes(self) -> int:
+        """See `Backend`."""
+        return torch.npu.get_device_properties(self.device.index).total_memory
+
+    def synchronize(self) -> None:
+        """See `Backend`."""
+        torch.npu.synchronize(self.device.index)
+
+
+BACKENDS: tuple[type[Backend], ...] = (CudaBackend, NpuBackend, Backend)
+"""In the order in which `auto` prefers them."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceChoice:
+    """A resolved `--device`: the backend, the preset that was named, and a warning where it is absent."""
+
+    requested: str
+    backend: Backend
+    preset: HardwarePreset | None = None
+    warning: str | None = None
+
+
+def open_device(requested: str, *, require: bool = False) -> DeviceChoice:
+    """Resolve `auto`, `cpu`, `cuda[:N]`, `npu[:N]` or a hardware preset.
+
+    require: a hardware preset must be this very GPU. Raises UsageError for an unknown name,
+    UnavailableError for a device that is not there.
+    """
+    kind, _, index = requested.lower().partition(":")
+    if kind in HARDWARE_PRESETS and not index:
+        return _open_preset(requested, HARDWARE_PRESETS[kind], require)
+    if kind == "auto" and not index:
+        return DeviceChoice(requested, next(b for b in BACKENDS if b.why_unavailable() is None)())
+    by_type = {backend.type: backend for backend in BACKENDS}
+    if kind not in by_type or (index and (kind == "cpu" or not index.isdecimal())):
+        names = ("auto", "cpu", "cuda[:N]", "npu[:N]", *HARDWARE_PRESETS)
+        raise UsageError(f"There is no device {requested!r}; choose from {', '.join(names)}.")
+    backend = by_type[kind]
+    reason = backend.why_unavailable()
+    if reason is not None:
+        raise UnavailableError(f"--device {requested}: {reason}")
+    number = int(index or 0)
+    if number >= backend.device_count():
+        raise UnavailableError(f"--device {requested}: there are only {backend.device_count()} {kind} devices.")
+    return DeviceChoice(requested, backend(number))
+
+
+def resolve_dtype(name: str, backend: Backend) -> str:
+    """The dtype's name that `auto` or `--dtype` stands for on this backend; UsageError if unknown."""
+    if name == "auto":
+        return backend.default_dtype
+    if name not in DTYPES:
+        raise UsageError(f"There is no dtype {name!r}; choose from auto, {', '.join(DTYPES)}.")
+    return name
+
+
+def _open_preset(requested: str, preset: HardwarePreset, require: bool) -> DeviceChoice:
+    """The GPU of this name if there is one, else the best backend here with a warning."""
+    if CudaBackend.why_unavailable() is None:
+        for number in range(CudaBackend.device_count()):
+            backend = CudaBackend(number)
+            if preset.matches(backend.device_name):
+                return DeviceChoice(requested, backend, preset)
+    if require:
+        raise UnavailableError(f"--require-device: this machine has no {requested.upper()}.")
+    best = open_device("auto").backend
+    warning = f"This machine has no {requested.upper()}: running on {best.device_name}, and reported as such."
+    return DeviceChoice(requested, best, preset, warning)

@@ -1,0 +1,1 @@
+"""What the commands measure: replays and, one file each, the benchmarks."""

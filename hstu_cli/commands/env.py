@@ -1,0 +1,70 @@
+"""`hstu env`: what this machine has, and the reason for whatever is missing."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hstu_cli.commands import options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+EXAMPLE = "Example: hstu env --format json"
+
+
+def env(
+    format: options.Format = options.OutputFormat.rich,
+    output_json: options.OutputJson = None,
+    metadata: options.Metadata = None,
+    verbose: options.Verbose = False,
+) -> None:
+    """Show backends, operator implementations and versions on this machine."""
+    args = dict(locals())
+    from hstu_cli.backend import BACKENDS, open_device
+    from hstu_cli.kernels.dispatch import IMPLEMENTATIONS, choose_impl
+    from hstu_cli.report import Reporter, environment, parse_metadata
+
+    reporter = Reporter(
+        "env",
+        args,
+        json_only=format is options.OutputFormat.json,
+        output_json=output_json,
+        metadata=parse_metadata(metadata or []),
+    )
+    with reporter.running(_tables) as record:
+        backend = open_device("auto").backend
+        implementation = choose_impl("auto", backend.type)
+        record["env"] = environment(backend.device_name, backend.memory_bytes)
+        record["device"] = {
+            "requested": "auto",
+            "actual": str(backend.device),
+            "name": backend.device_name,
+            "dtype": backend.default_dtype,
+            "impl": implementation.name,
+            "impl_reason": implementation.reason,
+        }
+        record["backends"] = {kind.type: _describe(kind) for kind in BACKENDS}
+        record["implementations"] = {"hstu_attention": list(IMPLEMENTATIONS)}
+
+
+def _describe(kind: Any) -> dict[str, Any]:
+    """Whether a backend works here: its devices, or what is missing."""
+    reason = kind.why_unavailable()
+    devices = [] if reason else [kind(number).device_name for number in range(kind.device_count())]
+    return {"available": reason is None, "devices": devices, "reason": reason}
+
+
+def _tables(record: Mapping[str, Any]) -> "list[Table]":
+    from hstu_cli.report import key_value_table
+
+    backends = {
+        name: ", ".join(backend["devices"]) if backend["available"] else f"absent: {backend['reason']}"
+        for name, backend in record["backends"].items()
+    }
+    device = record["device"]
+    chosen = {"auto": f"{device['actual']}, {device['dtype']}, {device['impl']} ({device['impl_reason']})"}
+    operators = {name: ", ".join(impls) for name, impls in record["implementations"].items()}
+    return [
+        key_value_table("Backends", backends | chosen),
+        key_value_table("Operators", operators),
+        key_value_table("Versions and machine", record["env"]),
+    ]

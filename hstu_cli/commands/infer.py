@@ -1,0 +1,173 @@
+"""`hstu infer`: replay a data set's requests through a model; latency, throughput and quality."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hstu_cli.commands import options
+from hstu_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hstu_cli.data.dataset import PreparedDataset
+    from hstu_cli.report import Reporter
+
+EXAMPLE = "Example: hstu infer --config tiny --dataset pure --from 2022-04-25 --predictions-out scores.parquet"
+DEFAULT_CONFIG = "kuairand_gr"
+
+
+def infer(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder, .safetensors, .pt or .pth; without one, random weights.")
+    ] = None,
+    config: options.Config = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="pure, 1k, 27k or synthetic; without it, the one prepared last.")
+    ] = None,
+    data_root: options.DataRoot = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Batches to run; without it, all.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests of distinct users scored at once.")] = 32,
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="DATE", help="First request time, UTC+8; older events are history.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(metavar="DATE", help="Request times before this only, UTC+8.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="One more cutoff for hit rate and NDCG.")] = 10,
+    predictions_out: Annotated[
+        Path | None, typer.Option(help="Write the scores to this Parquet file, a row per request and candidate.")
+    ] = None,
+    dump_logits: Annotated[bool, typer.Option("--dump-logits", help="Print the shape of each batch's logits.")] = False,
+    device: options.Device = "auto",
+    require_device: options.RequireDevice = False,
+    dtype: options.Dtype = "auto",
+    impl: options.Impl = "auto",
+    seed: options.Seed = 0,
+    format: options.Format = options.OutputFormat.rich,
+    output_json: options.OutputJson = None,
+    metadata: options.Metadata = None,
+    verbose: options.Verbose = False,
+) -> None:
+    """Replay requests in time order through an HSTU ranking model."""
+    args = {name.rstrip("_"): value for name, value in locals().items()}
+    from_ms, until_ms = options.parse_date("--from", from_), options.parse_date("--until", until)
+    if from_ms is not None and until_ms is not None and from_ms >= until_ms:
+        raise UsageError(f"--from {from_} must be before --until {until}.")
+    from hstu_cli.backend import DTYPES, open_device, resolve_dtype
+    from hstu_cli.bench.replay import Replay, ReplayOptions, random_model_for
+    from hstu_cli.config import resolve_model_config
+    from hstu_cli.kernels.dispatch import choose_impl
+    from hstu_cli.model import load_checkpoint
+    from hstu_cli.model.engine import InferenceEngine
+    from hstu_cli.report import Reporter, environment, parse_metadata
+
+    choice = open_device(device, require=require_device)
+    backend = choice.backend
+    dtype_name = resolve_dtype(dtype, backend)
+    implementation = choose_impl(impl, backend.type)
+    model_config = resolve_model_config(config) if config else None
+    reporter = Reporter(
+        "infer",
+        args,
+        json_only=format is options.OutputFormat.json,
+        output_json=output_json,
+        metadata=parse_metadata(metadata or []),
+    )
+    if choice.warning:
+        reporter.warn(choice.warning)
+    prepared = _open_dataset(dataset, data_root, reporter)
+    if checkpoint is not None:
+        model = load_checkpoint(checkpoint, config=model_config)
+    else:
+        model = random_model_for(prepared, model_config or resolve_model_config(DEFAULT_CONFIG), backend, seed)
+        reporter.warn("No --checkpoint: the weights are random, so expect an AUC of about 0.5.")
+    model = model.to(device=backend.device, dtype=DTYPES[dtype_name])
+    replay = Replay(
+        InferenceEngine(model, implementation.name),
+        prepared,
+        ReplayOptions(batch_size, steps, from_ms, until_ms, top_k, predictions_out),
+        backend,
+    )
+
+    reporter.record |= {
+        "env": environment(backend.device_name, backend.memory_bytes),
+        "device": {
+            "requested": choice.requested,
+            "actual": str(backend.device),
+            "name": backend.device_name,
+            "dtype": dtype_name,
+            "impl": implementation.name,
+            "impl_reason": implementation.reason,
+        },
+        "dataset": {"name": prepared.name, "path": str(prepared.path)},
+        "model": model.config.to_dict() | {"weights": "checkpoint" if checkpoint else "random"},
+        "kv_cache": {"enabled": False},
+    }
+    with reporter.running(_tables) as record, reporter.progress() as progress:
+        progress.stage("replaying")
+
+        def on_batch(done: int, logits_shape: tuple[int, int]) -> None:
+            progress.count(done, len(replay.source), "requests")
+            if dump_logits:
+                reporter.note(f"batch {len(replay.latencies_ms) - 1}: logits {list(logits_shape)} float32")
+
+        try:
+            replay.run(on_batch)
+        finally:
+            record |= replay.summary()
+
+
+def _open_dataset(dataset: str | None, data_root: Path | None, reporter: "Reporter") -> "PreparedDataset":
+    """The data set that the options mean; where they name nothing and there is none, a synthetic one."""
+    from hstu_cli.data.dataset import PreparedDataset, last_prepared
+    from hstu_cli.data.layout import SYNTHETIC, dataset_name, prepare_command
+    from hstu_cli.data.layout import data_root as resolve_root
+    from hstu_cli.errors import InputError
+
+    root = resolve_root(data_root)
+    if dataset is not None:
+        return PreparedDataset(root, dataset_name(dataset))
+    name = last_prepared(root)
+    if name is not None:
+        return PreparedDataset(root, name)
+    if data_root is not None:
+        raise InputError(f"{root} holds no prepared data set. Prepare one with: {prepare_command('pure', root)}")
+    from hstu_cli.data.synthetic import SyntheticOptions, prepare_synthetic
+
+    reporter.warn(f"Nothing is prepared under {root}: using seeded synthetic users, made there now.")
+    prepare_synthetic(root, SyntheticOptions())
+    return PreparedDataset(root, SYNTHETIC)
+
+
+def _tables(record: Mapping[str, Any]) -> "list[Table]":
+    from rich.table import Table
+
+    from hstu_cli.report import format_value, key_value_table
+
+    device, latency, metrics = record["device"], record["latency_ms"], record["metrics"]
+    overview = key_value_table(
+        "hstu infer" + ("" if record["status"] == "valid" else f" ({', '.join(record['reasons'])})"),
+        {
+            "Data": f"{record['dataset']['name']} ({record['dataset']['path']})",
+            "Weights": record["model"]["weights"],
+            "Device": f"{device['name']} ({device['actual']}), {device['dtype']}",
+            "Implementation": f"{device['impl']} ({device['impl_reason']})",
+            "Requests": f"{record['num_requests']:,} in {record['num_batches']:,} batches",
+            "Throughput": f"{format_value(record['throughput_rps'])} requests/s",
+        },
+    )
+    speed = Table(title="Latency of a batch (ms)", title_justify="left")
+    names = [name for name in latency if name != "samples"]
+    for name in names:
+        speed.add_column(name, justify="right")
+    speed.add_row(*(format_value(latency[name]) for name in names))
+    items = Table("K", title=f"Next item, of {record['vocab_size']:,}", title_justify="left")
+    tasks = Table("Task", "AUC", title="Candidates", title_justify="left")
+    items.add_column("hit rate", justify="right")
+    items.add_column("NDCG", justify="right")
+    for k, hits in metrics["hit_rate"].items():
+        items.add_row(k, format_value(hits), format_value(metrics["ndcg"][k]))
+    for task, auc in metrics["auc"].items():
+        tasks.add_row(task, format_value(auc) if auc is not None else f"- ({metrics['auc_reason'][task]})")
+    return [overview, speed, items, tasks]

@@ -1,0 +1,78 @@
+"""Options that commands share, declared once, and how a command ends."""
+
+import functools
+import traceback
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hstu_cli.errors import HstuError, UsageError
+
+EXIT_INTERRUPTED = 130
+
+
+class OutputFormat(StrEnum):
+    """What stdout carries."""
+
+    rich = "rich"
+    json = "json"
+
+
+DEVICE_HELP = "auto, cpu, cuda[:N], npu[:N], or a GPU's name: l20, l40s, a100, h100, h200, b200."
+
+Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
+RequireDevice = Annotated[
+    bool, typer.Option("--require-device", help="Fail where the GPU that --device names is absent.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16; auto is fp32 on a CPU, bf16 elsewhere.")]
+Impl = Annotated[str, typer.Option(help="Implementation of the operators: auto, reference or blocked.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Config = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE", help="Model: kuairand_gr, tiny, benchmark, or a config.json.")
+]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the prepared data; else $HSTU_HOME, ./tmp_data where it holds some, ~/.cache/hstu."),
+]
+Format = Annotated[OutputFormat, typer.Option(help="rich: tables, then the JSON summary; json: one JSON object.")]
+OutputJson = Annotated[Path | None, typer.Option(help="Also write the whole JSON record to this file.")]
+Metadata = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Put this into the record; repeatable.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
+
+KUAIRAND_TIMEZONE = timezone(timedelta(hours=8))
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command its ending: a known error is one message and its exit code, Ctrl-C is 130."""
+
+    @functools.wraps(function)
+    def run(**options: Any) -> None:
+        try:
+            function(**options)
+        except HstuError as error:
+            if options.get("verbose"):
+                traceback.print_exc()
+            typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as interrupt:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from interrupt
+
+    return run
+
+
+def parse_date(option: str, text: str | None) -> int | None:
+    """A date or date and time in UTC+8, KuaiRand's own, as milliseconds since 1970."""
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise UsageError(f"{option} takes a date such as 2022-04-25 or 2022-04-25T18:00, not {text!r}.") from error
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=KUAIRAND_TIMEZONE)
+    return round(moment.timestamp() * 1000)
