@@ -4,7 +4,6 @@ Only this file names `torch.cuda` and `torch.npu`.
 """
 
 import importlib
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -92,10 +91,10 @@ class NpuBackend(Backend):
     @classmethod
     def why_unavailable(cls) -> str | None:
         """See `Backend`."""
-        if importlib.util.find_spec("torch_npu") is None:
-            return "torch_npu is not installed; install Ascend's CANN toolkit, then pip install 'hstu[npu]'."
         try:
             importlib.import_module("torch_npu")  # registers torch.npu
+        except ModuleNotFoundError:
+            return "torch_npu is not installed; install Ascend's CANN toolkit, then pip install 'hstu[npu]'."
         except (ImportError, OSError) as error:
             return f"torch_npu does not load ({error}); source CANN's set_env.sh first."
         if not torch.npu.is_available():

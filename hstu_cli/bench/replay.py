@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,15 +25,14 @@ class ReplayOptions:
     """Which requests to replay, how many at a time, and what to report of them.
 
     num_steps: batches at most (None: all). from_ms, until_ms: bounds on the request time, the first
-    inclusive. top_k: one more cutoff for hit rate and NDCG.
+    inclusive. top_k: a cutoff of the user's own for hit rate and NDCG.
     """
 
     batch_size: int = 32
     num_steps: int | None = None
     from_ms: int | None = None
     until_ms: int | None = None
-    top_k: int = 10
-    predictions_out: Path | None = None
+    top_k: int | None = None
 
 
 class RequestSource:
@@ -88,14 +86,14 @@ class RequestSource:
 
 
 class Replay:
-    """One replay: `run` it, then ask for the `summary`, also after an interruption."""
+    """One replay: `warm_up`, `run`, then ask for the `summary`, also after an interruption."""
 
     def __init__(
         self, engine: InferenceEngine, dataset: PreparedDataset, options: ReplayOptions, backend: Backend
     ) -> None:
         self.engine, self.options, self.backend = engine, options, backend
         self.vocab_size = len(engine.model.vocabulary)
-        if options.top_k > self.vocab_size:
+        if options.top_k is not None and options.top_k > self.vocab_size:
             raise UsageError(f"--top-k {options.top_k} is more than the vocabulary's {self.vocab_size} items.")
         self.source = RequestSource(dataset, engine.model.config, options)
         if not len(self.source):
@@ -103,19 +101,34 @@ class Replay:
                 f"{dataset.path} has no request in this period; its events run from "
                 f"{_date(dataset.metadata['first_time_ms'])} to {_date(dataset.metadata['last_time_ms'])}."
             )
+        self.batches = list(self.source.batches(options.batch_size, options.num_steps))
         self.metrics = ReplayMetrics()
         self.latencies_ms: list[float] = []
         self.num_requests = 0
 
-    def run(self, on_batch: Callable[[int, tuple[int, ...]], None] = lambda done, shape: None) -> None:
+    def warm_up(self) -> None:
+        """Score the first batch once, untimed: loads libraries and kernels, and finds wrong ids early."""
+        self.engine.step([self.source.request(i) for i in self.batches[0]])
+
+    def run(
+        self,
+        writer: PredictionsWriter | None = None,
+        on_batch: Callable[[int, tuple[int, ...]], None] = lambda done, shape: None,
+    ) -> None:
         """Replay all batches. on_batch is called after each with the requests so far and the shape of its logits."""
-        batches = list(self.source.batches(self.options.batch_size, self.options.num_steps))
-        self.engine.step([self.source.request(i) for i in batches[0]])  # loads libraries and kernels, untimed
-        if self.options.predictions_out is None:
-            self._run(batches, on_batch, None)
-        else:
-            with PredictionsWriter(self.options.predictions_out) as writer:
-                self._run(batches, on_batch, writer)
+        for batch in self.batches:
+            requests = [self.source.request(i) for i in batch]
+            self.backend.synchronize()
+            start = time.perf_counter()
+            result = self.engine.step(requests)
+            self.backend.synchronize()
+            self.latencies_ms.append((time.perf_counter() - start) * 1e3)
+            self.num_requests += len(batch)
+            labels = np.concatenate([self.source.labels(i) for i in batch])
+            self.metrics.add(self._target_ranks(requests, result), result.logits, labels)
+            if writer is not None:
+                self._write(writer, batch, requests, labels, result.logits)
+            on_batch(self.num_requests, result.logits.shape)
 
     def summary(self) -> dict[str, Any]:
         """What was measured so far, named as in the JSON record."""
@@ -127,33 +140,26 @@ class Replay:
             "vocab_size": self.vocab_size,
             "latency_ms": latency_summary(self.latencies_ms),
             "throughput_rps": self.num_requests / total_s if total_s else None,
-            "metrics": self.metrics.summary([*CUTOFFS, self.options.top_k]),
+            "metrics": self.metrics.summary([*CUTOFFS, *([self.options.top_k] if self.options.top_k else [])]),
         }
 
-    def _run(
-        self, batches: list[range], on_batch: Callable[[int, tuple[int, ...]], None], writer: PredictionsWriter | None
+    def _write(
+        self,
+        writer: PredictionsWriter,
+        batch: range,
+        requests: list[UserRequest],
+        labels: np.ndarray,
+        logits: np.ndarray,
     ) -> None:
-        for batch in batches:
-            requests = [self.source.request(i) for i in batch]
-            self.backend.synchronize()
-            start = time.perf_counter()
-            result = self.engine.step(requests)
-            self.backend.synchronize()
-            self.latencies_ms.append((time.perf_counter() - start) * 1e3)
-            self.num_requests += len(batch)
-            labels = np.concatenate([self.source.labels(i) for i in batch])
-            self.metrics.add(self._target_ranks(requests, result), result.logits, labels)
-            if writer is not None:
-                rows = slice(batch.start, batch.stop)
-                counts = [len(request.candidates) for request in requests]
-                writer.add(
-                    np.repeat(self.source.timeline.request_id[rows], counts),
-                    np.repeat(self.source.timeline.user_id[rows], counts),
-                    np.concatenate([request.candidates for request in requests]),
-                    labels,
-                    result.logits,
-                )
-            on_batch(self.num_requests, result.logits.shape)
+        rows = slice(batch.start, batch.stop)
+        counts = [len(request.candidates) for request in requests]
+        writer.add(
+            np.repeat(self.source.timeline.request_id[rows], counts),
+            np.repeat(self.source.timeline.user_id[rows], counts),
+            np.concatenate([request.candidates for request in requests]),
+            labels,
+            logits,
+        )
 
     def _target_ranks(self, requests: list[UserRequest], result: StepResult) -> np.ndarray:
         """Rank of the first candidate of each request that has a prediction, int64."""

@@ -1,6 +1,7 @@
 """`hstu infer`: replay a data set's requests through a model; latency, throughput and quality."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +35,9 @@ def infer(
         str | None, typer.Option("--from", metavar="DATE", help="First request time, UTC+8; older events are history.")
     ] = None,
     until: Annotated[str | None, typer.Option(metavar="DATE", help="Request times before this only, UTC+8.")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="One more cutoff for hit rate and NDCG.")] = 10,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="A cutoff of hit rate and NDCG besides 1, 5, 10 and 50.")
+    ] = None,
     predictions_out: Annotated[
         Path | None, typer.Option(help="Write the scores to this Parquet file, a row per request and candidate.")
     ] = None,
@@ -57,6 +60,7 @@ def infer(
     from hstu_cli.backend import DTYPES, open_device, resolve_dtype
     from hstu_cli.bench.replay import Replay, ReplayOptions, random_model_for
     from hstu_cli.config import resolve_model_config
+    from hstu_cli.data.predictions import PredictionsWriter
     from hstu_cli.kernels.dispatch import choose_impl
     from hstu_cli.model import load_checkpoint
     from hstu_cli.model.engine import InferenceEngine
@@ -86,7 +90,7 @@ def infer(
     replay = Replay(
         InferenceEngine(model, implementation.name),
         prepared,
-        ReplayOptions(batch_size, steps, from_ms, until_ms, top_k, predictions_out),
+        ReplayOptions(batch_size, steps, from_ms, until_ms, top_k),
         backend,
     )
 
@@ -104,7 +108,9 @@ def infer(
         "model": model.config.to_dict() | {"weights": "checkpoint" if checkpoint else "random"},
         "kv_cache": {"enabled": False},
     }
-    with reporter.running(_tables) as record, reporter.progress() as progress:
+    replay.warm_up()
+    writer = PredictionsWriter(predictions_out) if predictions_out else None
+    with reporter.running(_tables) as record, writer or nullcontext(), reporter.progress() as progress:
         progress.stage("replaying")
 
         def on_batch(done: int, logits_shape: tuple[int, int]) -> None:
@@ -113,7 +119,7 @@ def infer(
                 reporter.note(f"batch {len(replay.latencies_ms) - 1}: logits {list(logits_shape)} float32")
 
         try:
-            replay.run(on_batch)
+            replay.run(writer, on_batch)
         finally:
             record |= replay.summary()
 
