@@ -4,7 +4,9 @@ Only this file names `torch.cuda` and `torch.npu`.
 """
 
 import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,11 +16,23 @@ from hstu_cli.hardware import HARDWARE_PRESETS, HardwarePreset, cpu_name, physic
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Event:
+    """A moment in a queue of work. On a CPU, where queued work is done at once, it has passed already."""
+
+    def wait(self) -> None:
+        """Make all compute work that is queued from now on come after this moment."""
+
+    def synchronize(self) -> None:
+        """Block this thread until the moment has passed."""
+
+
 class Backend:
     """A plain CPU; the accelerators below replace what differs."""
 
     type = "cpu"
     default_dtype = "fp32"
+    cache_memory_share = 0.25
+    """Share of the device's memory that a KV cache takes unless its size is given."""
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device(self.type) if self.type == "cpu" else torch.device(self.type, index)
@@ -46,12 +60,91 @@ class Backend:
     def synchronize(self) -> None:
         """Wait until all queued work is done."""
 
+    def submit_copy(self, copy: Callable[[], None]) -> Event:
+        """Run tensor copies beside the compute work, behind what is queued of either; return their end."""
+        copy()
+        return Event()
 
-class CudaBackend(Backend):
+    def host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Zeroed memory of the host that copies to and from the device are fastest with."""
+        return torch.zeros(*shape, dtype=dtype)
+
+
+class StreamEvent(Event):
+    """A moment in a device stream, recorded with the device module's own event."""
+
+    def __init__(self, event: Any, device_module: Any) -> None:
+        self._event, self._module = event, device_module
+
+    def wait(self) -> None:
+        """See `Event`."""
+        self._module.current_stream().wait_event(self._event)
+
+    def synchronize(self) -> None:
+        """See `Event`."""
+        self._event.synchronize()
+
+
+class StreamBackend(Backend):
+    """What devices with streams share; torch.cuda and torch.npu have the same functions for it."""
+
+    default_dtype = "bf16"
+    cache_memory_share = 0.5
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__(index)
+        self._copy_stream: Any = None
+
+    @classmethod
+    def module(cls) -> Any:
+        """The module of torch that drives this kind of device."""
+        raise TypeError(f"{cls.__name__} names no device module")
+
+    @classmethod
+    def device_count(cls) -> int:
+        """See `Backend`."""
+        return cls.module().device_count()
+
+    @property
+    def device_name(self) -> str:
+        """See `Backend`."""
+        return self.module().get_device_name(self.device.index)
+
+    @property
+    def memory_bytes(self) -> int:
+        """See `Backend`."""
+        return self.module().get_device_properties(self.device.index).total_memory
+
+    def synchronize(self) -> None:
+        """See `Backend`."""
+        self.module().synchronize(self.device.index)
+
+    def submit_copy(self, copy: Callable[[], None]) -> Event:
+        """See `Backend`: the copies run on one side stream, in order."""
+        module = self.module()
+        if self._copy_stream is None:
+            self._copy_stream = module.Stream(device=self.device)
+        self._copy_stream.wait_stream(module.current_stream(self.device))
+        with module.stream(self._copy_stream):
+            copy()
+            event = module.Event()
+            event.record(self._copy_stream)
+        return StreamEvent(event, module)
+
+    def host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """See `Backend`: pinned memory."""
+        return torch.zeros(*shape, dtype=dtype, pin_memory=True)
+
+
+class CudaBackend(StreamBackend):
     """An NVIDIA GPU."""
 
     type = "cuda"
-    default_dtype = "bf16"
+
+    @classmethod
+    def module(cls) -> Any:
+        """See `StreamBackend`."""
+        return torch.cuda
 
     @classmethod
     def why_unavailable(cls) -> str | None:
@@ -62,31 +155,16 @@ class CudaBackend(Backend):
             return "torch finds no NVIDIA GPU; check that nvidia-smi lists one and that its driver is recent enough."
         return None
 
-    @classmethod
-    def device_count(cls) -> int:
-        """See `Backend`."""
-        return torch.cuda.device_count()
 
-    @property
-    def device_name(self) -> str:
-        """See `Backend`."""
-        return torch.cuda.get_device_name(self.device)
-
-    @property
-    def memory_bytes(self) -> int:
-        """See `Backend`."""
-        return torch.cuda.get_device_properties(self.device).total_memory
-
-    def synchronize(self) -> None:
-        """See `Backend`."""
-        torch.cuda.synchronize(self.device)
-
-
-class NpuBackend(Backend):
+class NpuBackend(StreamBackend):
     """An Ascend NPU, through torch_npu."""
 
     type = "npu"
-    default_dtype = "bf16"
+
+    @classmethod
+    def module(cls) -> Any:
+        """See `StreamBackend`."""
+        return torch.npu
 
     @classmethod
     def why_unavailable(cls) -> str | None:
@@ -100,25 +178,6 @@ class NpuBackend(Backend):
         if not torch.npu.is_available():
             return "torch_npu finds no NPU; check that npu-smi info lists one."
         return None
-
-    @classmethod
-    def device_count(cls) -> int:
-        """See `Backend`."""
-        return torch.npu.device_count()
-
-    @property
-    def device_name(self) -> str:
-        """See `Backend`."""
-        return torch.npu.get_device_name(self.device.index)
-
-    @property
-    def memory_bytes(self) -> int:
-        """See `Backend`."""
-        return torch.npu.get_device_properties(self.device.index).total_memory
-
-    def synchronize(self) -> None:
-        """See `Backend`."""
-        torch.npu.synchronize(self.device.index)
 
 
 BACKENDS: tuple[type[Backend], ...] = (CudaBackend, NpuBackend, Backend)

@@ -7,6 +7,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Tests run one process per core: more threads in each would only wait for one another.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile(
     "hstu", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )

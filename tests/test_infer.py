@@ -11,7 +11,8 @@ from conftest import SAMPLE_MD5
 from support.cli import invoke, record_of
 
 from hstu_cli.backend import Backend
-from hstu_cli.bench.replay import ReplayOptions, RequestSource, random_model_for
+from hstu_cli.bench.requests import RequestSource
+from hstu_cli.bench.setup import random_model_for
 from hstu_cli.config import MODEL_PRESETS, TASKS
 from hstu_cli.data.dataset import PreparedDataset
 from hstu_cli.data.synthetic import SyntheticOptions, prepare_synthetic
@@ -142,7 +143,7 @@ def test_checkpoint_scores_like_the_model_it_was_saved_from(root: Path, tmp_path
 
 
 def test_batches_are_consecutive_requests_of_distinct_users(root: Path) -> None:
-    source = RequestSource(PreparedDataset(root, "synthetic"), MODEL_PRESETS["tiny"], ReplayOptions())
+    source = RequestSource(PreparedDataset(root, "synthetic"), MODEL_PRESETS["tiny"])
     batches = list(source.batches(8, None))
     assert [i for batch in batches for i in batch] == list(range(len(source)))
     user_id = source.timeline.user_id

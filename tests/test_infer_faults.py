@@ -11,7 +11,7 @@ import torch
 from support.cli import failure_of, invoke, record_of
 
 from hstu_cli.backend import Backend
-from hstu_cli.bench.replay import random_model_for
+from hstu_cli.bench.setup import random_model_for
 from hstu_cli.config import MODEL_PRESETS
 from hstu_cli.data.dataset import PreparedDataset
 from hstu_cli.data.synthetic import SyntheticOptions, prepare_synthetic

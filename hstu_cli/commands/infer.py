@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hstu_cli.commands import options
-from hstu_cli.errors import UsageError
+from hstu_cli.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,6 +41,20 @@ def infer(
     predictions_out: Annotated[
         Path | None, typer.Option(help="Write the scores to this Parquet file, a row per request and candidate.")
     ] = None,
+    kv_cache: Annotated[
+        bool, typer.Option("--kv-cache/--no-kv-cache", help="Keep keys and values of histories between requests.")
+    ] = True,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens in a page of the cache.")] = 32,
+    num_pages: Annotated[
+        int | None, typer.Option(min=1, help="Pages on the device; without it, what the users need and memory allows.")
+    ] = None,
+    host_cache_gb: Annotated[
+        float | None, typer.Option(min=0, help="Host memory for evicted users, in GB; 0 on a CPU unless given.")
+    ] = None,
+    verify_cache: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Recompute every Nth request uncached; differences fail."),
+    ] = None,
     dump_logits: Annotated[bool, typer.Option("--dump-logits", help="Print the shape of each batch's logits.")] = False,
     device: options.Device = "auto",
     require_device: options.RequireDevice = False,
@@ -57,8 +71,12 @@ def infer(
     from_ms, until_ms = options.parse_date("--from", from_), options.parse_date("--until", until)
     if from_ms is not None and until_ms is not None and from_ms >= until_ms:
         raise UsageError(f"--from {from_} must be before --until {until}.")
+    if not kv_cache and (num_pages or host_cache_gb or verify_cache):
+        raise UsageError("--num-pages, --host-cache-gb and --verify-cache need the cache: drop --no-kv-cache.")
     from hstu_cli.backend import DTYPES, open_device, resolve_dtype
-    from hstu_cli.bench.replay import Replay, ReplayOptions, random_model_for
+    from hstu_cli.bench.replay import Replay
+    from hstu_cli.bench.requests import RequestSource
+    from hstu_cli.bench.setup import CacheOptions, build_cache, random_model_for
     from hstu_cli.config import resolve_model_config
     from hstu_cli.data.predictions import PredictionsWriter
     from hstu_cli.kernels.dispatch import choose_impl
@@ -87,11 +105,21 @@ def infer(
         model = random_model_for(prepared, model_config or resolve_model_config(DEFAULT_CONFIG), backend, seed)
         reporter.warn("No --checkpoint: the weights are random, so expect an AUC of about 0.5.")
     model = model.to(device=backend.device, dtype=DTYPES[dtype_name])
+    limit = None if steps is None else steps * batch_size
+    source = RequestSource(prepared, model.config, from_ms=from_ms, until_ms=until_ms, limit=limit)
+    cache = None
+    if kv_cache:
+        host_bytes = None if host_cache_gb is None else int(host_cache_gb * 1e9)
+        sizes = CacheOptions(page_size, num_pages, host_bytes, verify_host=verify_cache is not None)
+        cache = build_cache(source, model.config, model.dtype, backend, sizes)
     replay = Replay(
-        InferenceEngine(model, implementation.name),
-        prepared,
-        ReplayOptions(batch_size, steps, from_ms, until_ms, top_k),
+        InferenceEngine(model, implementation.name, cache),
+        source,
         backend,
+        batch_size=batch_size,
+        num_steps=steps,
+        top_k=top_k,
+        verify_every=verify_cache,
     )
 
     reporter.record |= {
@@ -106,7 +134,6 @@ def infer(
         },
         "dataset": {"name": prepared.name, "path": str(prepared.path)},
         "model": model.config.to_dict() | {"weights": "checkpoint" if checkpoint else "random"},
-        "kv_cache": {"enabled": False},
     }
     replay.warm_up()
     writer = PredictionsWriter(predictions_out) if predictions_out else None
@@ -114,7 +141,7 @@ def infer(
         progress.stage("replaying")
 
         def on_batch(done: int, logits_shape: tuple[int, int]) -> None:
-            progress.count(done, len(replay.source), "requests")
+            progress.count(done, len(source), "requests")
             if dump_logits:
                 reporter.note(f"batch {len(replay.latencies_ms) - 1}: logits {list(logits_shape)} float32")
 
@@ -122,6 +149,8 @@ def infer(
             replay.run(writer, on_batch)
         finally:
             record |= replay.summary()
+        if replay.failure is not None:
+            raise RunError(replay.failure)
 
 
 def _open_dataset(dataset: str | None, data_root: Path | None, reporter: "Reporter") -> "PreparedDataset":
@@ -176,4 +205,39 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
         items.add_row(k, format_value(hits), format_value(metrics["ndcg"][k]))
     for task, auc in metrics["auc"].items():
         tasks.add_row(task, format_value(auc) if auc is not None else f"- ({metrics['auc_reason'][task]})")
-    return [overview, speed, items, tasks]
+    return [overview, speed, _cache_table(record["kv_cache"]), items, tasks]
+
+
+def _cache_table(cache: Mapping[str, Any]) -> "Table":
+    """What the cache did, or that there was none."""
+    from hstu_cli.report import key_value_table
+
+    if not cache["enabled"]:
+        return key_value_table("KV cache", {"Enabled": False})
+    device, host = cache["device_pages"], cache["host_pages"]
+    rows = {
+        "Token hit rate": cache["token_hit_rate"],
+        "Tokens: device hits, host hits, recomputed": _several(
+            cache["device_hit_tokens"], cache["host_hit_tokens"], cache["recomputed_tokens"]
+        ),
+        "Pages on the device: used, free, pinned": _several(device["used"], device["free"], device["pinned"]),
+        "Pages on the host: used, free, pinned": _several(host["used"], host["free"], host["pinned"]),
+        "Page": f"{cache['page_size']} tokens, {cache['page_bytes']:,} bytes",
+        "Evictions": cache["evictions"],
+        "Dropped: stale, window moved, corrupt": _several(
+            cache["stale_drops"], cache["window_moves"], cache["corrupt_drops"]
+        ),
+        "Requests larger than the cache": cache["uncached_requests"],
+        "Bytes to and from the host": _several(cache["bytes_offloaded"], cache["bytes_onloaded"]),
+    }
+    if verified := cache.get("verified"):
+        rows["Verified requests"] = verified["num_requests"]
+        rows["Worst error, cached and uncached (budget)"] = (
+            f"{verified['worst_cached_error']:.3g}, {verified['worst_uncached_error']:.3g} ({verified['budget']:.3g})"
+        )
+        rows["Worst difference of a logit"] = verified["worst_difference"]
+    return key_value_table("KV cache", rows)
+
+
+def _several(*counts: int) -> str:
+    return ", ".join(f"{count:,}" for count in counts)

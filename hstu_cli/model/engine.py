@@ -6,7 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from hstu_cli.model.layer import JaggedAttention
+from hstu_cli.config import ModelConfig
+from hstu_cli.kvcache import KVCacheManager
+from hstu_cli.kvcache.batch import CacheBatch
+from hstu_cli.kvcache.fingerprint import HistoryFingerprint
+from hstu_cli.model.identity import WeightsIdentity
+from hstu_cli.model.layer import Attention, JaggedAttention
 from hstu_cli.model.ranking import RankingModel
 from hstu_cli.model.tokens import TokenBatch, UserRequest, build_token_batch
 
@@ -31,25 +36,53 @@ class InferenceEngine:
     """Scores requests with a model, at most `max_candidates` of one request at a time.
 
     More candidates than that are scored in chunks against the same history: the bound limits
-    memory, never results.
+    memory, never results. With a cache, the keys and values of histories are kept between steps;
+    the scores are the same up to rounding.
     """
 
-    def __init__(self, model: RankingModel, impl: str = "auto") -> None:
+    def __init__(self, model: RankingModel, impl: str = "auto", cache: KVCacheManager | None = None) -> None:
         self.model = model
         self.impl = impl
+        self.cache = cache
+        self.weights = WeightsIdentity(model)
 
     @torch.no_grad()
-    def step(self, requests: Sequence[UserRequest]) -> StepResult:
-        """Score every candidate of one request or more; InputError for an id outside a table without keys."""
+    def step(self, requests: Sequence[UserRequest], *, use_cache: bool = True) -> StepResult:
+        """Score every candidate of one request or more; InputError for an id outside a table without keys.
+
+        use_cache: False leaves the cache alone, as if there were none.
+        """
+        if self.cache is None or not use_cache:
+            return self._score(requests, None)
+        num_tokens = [request.num_history_tokens(self.model.config) for request in requests]
+        groups = self.cache.split([request.user_id for request in requests], num_tokens)
+        results = [self._step_group([requests[i] for i in members], cached) for members, cached in groups]
+        return results[0] if len(results) == 1 else _joined(results)
+
+    def _step_group(self, requests: Sequence[UserRequest], cached: bool) -> StepResult:
+        """A step on requests that fit into the cache together, or on one that does not fit at all."""
+        if not cached:
+            return self._score(requests, None)
+        identity = self.weights.current()
+        fingerprints = [_fingerprint(self.model.config, identity, request) for request in requests]
+        batch = self.cache.prepare([request.user_id for request in requests], fingerprints)
+        try:
+            result = self._score(requests, batch)
+        except BaseException:
+            self.cache.cancel(batch)
+            raise
+        self.cache.complete(batch)
+        return result
+
+    def _score(self, requests: Sequence[UserRequest], cache: CacheBatch | None) -> StepResult:
+        """Run the model over the requests, in as many rounds as the most candidates need."""
         limit = self.model.config.max_candidates
         logits: list[list[np.ndarray]] = [[] for _ in requests]
         most = max((len(request.candidates) for request in requests), default=0)
         for start in range(0, max(most, 1), limit):
             members = [i for i, r in enumerate(requests) if start == 0 or start < len(r.candidates)]
             chunks = [replace(requests[i], candidates=requests[i].candidates[start : start + limit]) for i in members]
-            batch = build_token_batch(self.model.config, chunks)
-            self.model.check_ids(batch)
-            hidden = self._hidden(batch)  # [T, D]
+            hidden, batch = self._forward(chunks, cache, members, first=start == 0)  # hidden [T, D]
             scores = self.model.rank(hidden[batch.candidate_rows()]).cpu().numpy()
             ends = np.cumsum([len(chunk.candidates) for chunk in chunks])
             for i, part in zip(members, np.split(scores, ends[:-1]), strict=True):
@@ -60,8 +93,44 @@ class InferenceEngine:
                 last_hidden = hidden[last_rows[has_last]]
         return StepResult(np.concatenate([part for parts in logits for part in parts]), last_hidden, has_last.numpy())
 
-    def _hidden(self, batch: TokenBatch) -> torch.Tensor:
-        """The block's output for a batch from the host, [T, D] on the model's device."""
+    def _forward(
+        self, requests: Sequence[UserRequest], cache: CacheBatch | None, members: Sequence[int], *, first: bool
+    ) -> tuple[torch.Tensor, TokenBatch]:
+        """The block's output for the tokens that must be computed, and these tokens (on the host).
+
+        members: which requests of the cache batch these are. first: the round that computes the
+        history; a later one has its keys and values where there is a cache.
+        """
+        config = self.model.config
+        num_cached = None
+        if cache is not None:
+            num_cached = cache.num_cached_tokens if first else [cache.requests[i].num_tokens for i in members]
+        batch = build_token_batch(config, requests, num_cached)
+        self.model.check_ids(batch)
         on_device = batch.to(self.model.device)
-        attention = JaggedAttention(self.model.config, on_device.seq_offsets, on_device.num_candidates, self.impl)
-        return self.model(on_device, attention)
+        sizes = (batch.seq_offsets, batch.num_candidates)
+        attention: Attention
+        if cache is None:
+            attention = JaggedAttention(config, on_device.seq_offsets, on_device.num_candidates, self.impl)
+        elif first:
+            attention = cache.attention(config, *sizes, self.impl)
+        else:
+            attention = cache.candidate_attention(config, members, *sizes, self.impl)
+        return self.model(on_device, attention), batch
+
+
+def _fingerprint(config: ModelConfig, identity: bytes, request: UserRequest) -> HistoryFingerprint:
+    """The history of a request as the model sees it."""
+    start = config.window_start(len(request.video_ids))
+    return HistoryFingerprint(
+        identity, request.context, request.video_ids[start:], request.action_weights[start:], start
+    )
+
+
+def _joined(results: Sequence[StepResult]) -> StepResult:
+    """The results of consecutive requests as one."""
+    return StepResult(
+        np.concatenate([result.logits for result in results]),
+        torch.cat([result.last_hidden for result in results]),
+        np.concatenate([result.has_last for result in results]),
+    )

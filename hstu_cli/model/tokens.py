@@ -22,15 +22,22 @@ ACTION_TABLE = "action_weights"
 class UserRequest:
     """One request: what is known of the user at that moment, and the items to score.
 
+    user_id: whose cached keys and values may serve; the model itself sees the context alone.
     context: int64 [num_context_tokens], in the order of the configuration's contextual features.
     video_ids, action_weights: int64 [events], the user's history, oldest first, not cut to a window.
     candidates: int64 [C], raw video ids.
     """
 
+    user_id: int
     context: np.ndarray
     video_ids: np.ndarray
     action_weights: np.ndarray
     candidates: np.ndarray
+
+    def num_history_tokens(self, config: ModelConfig) -> int:
+        """Tokens before the candidates, after the history was cut to its window."""
+        num_events = len(self.video_ids)
+        return config.num_context_tokens + 2 * (num_events - config.window_start(num_events))
 
 
 @dataclass(frozen=True, slots=True)

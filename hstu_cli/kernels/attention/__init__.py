@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 
+from hstu_cli.kernels.checks import int_list
 from hstu_cli.kernels.dispatch import choose_impl
 
 
@@ -64,7 +65,7 @@ def check_jagged_inputs(
             )
     if not q.dtype.is_floating_point:
         raise ValueError(f"q, k and v must be floating point, not {q.dtype}")
-    offsets = _int_list("seq_offsets", seq_offsets)
+    offsets = int_list("seq_offsets", seq_offsets)
     if not offsets or offsets[0] != 0 or offsets[-1] != q.shape[0]:
         raise ValueError(f"seq_offsets must run from 0 to the {q.shape[0]} tokens, not {_ends(offsets)}")
     lengths = [end - start for start, end in pairwise(offsets)]
@@ -72,7 +73,7 @@ def check_jagged_inputs(
         raise ValueError("seq_offsets must never decrease")
     if num_candidates is None:
         return offsets, [0] * len(lengths)
-    candidates = _int_list("num_candidates", num_candidates)
+    candidates = int_list("num_candidates", num_candidates)
     if len(candidates) != len(lengths):
         raise ValueError(
             f"num_candidates must hold one count for each of {len(lengths)} sequences, not {len(candidates)}"
@@ -81,12 +82,6 @@ def check_jagged_inputs(
         if not 0 <= count <= length:
             raise ValueError(f"num_candidates holds {count} for a sequence of {length} tokens")
     return offsets, candidates
-
-
-def _int_list(name: str, tensor: torch.Tensor) -> list[int]:
-    if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must be one row of int32 or int64, not {tensor.dtype} {list(tensor.shape)}")
-    return tensor.tolist()
 
 
 def _ends(offsets: list[int]) -> str:

@@ -35,21 +35,28 @@ def attention(
     scaling_seqlen: int,
 ) -> torch.Tensor:
     """See `hstu_attention`."""
-    # The sum over the keys may pass fp16's range before it is divided by L, and weights divided by
-    # L first may fall below it. A power of two on v splits the division without rounding.
-    value_scale = 2.0 ** -round(math.log2(scaling_seqlen) / 2)
-    output_scale = 1.0 / (scaling_seqlen * value_scale)
+    value_scale, output_scale = split_scale(scaling_seqlen)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for group in _groups_of_similar_length(offsets, num_candidates):
         history = [slice(offsets[b], offsets[b + 1] - num_candidates[b]) for b in group]
         candidates = [slice(offsets[b + 1] - num_candidates[b], offsets[b + 1]) for b in group]
-        k_h, v_h = _pad(k, history), _pad(v, history) * value_scale  # [G, H, n, d]
-        _unpad(out, history, causal_attention(_pad(q, history) * alpha, k_h, v_h), output_scale)
+        k_h, v_h = pad(k, history), pad(v, history) * value_scale  # [G, H, n, d]
+        write_unpadded(out, history, causal_attention(pad(q, history) * alpha, k_h, v_h), output_scale)
         if any(num_candidates[b] for b in group):
-            q_c = _pad(q, candidates) * alpha  # [G, H, c, d]
-            k_c, v_c = _pad(k, candidates), _pad(v, candidates) * value_scale
-            _unpad(out, candidates, candidate_attention(q_c, k_c, v_c, k_h, v_h), output_scale)
+            q_c = pad(q, candidates) * alpha  # [G, H, c, d]
+            k_c, v_c = pad(k, candidates), pad(v, candidates) * value_scale
+            write_unpadded(out, candidates, candidate_attention(q_c, k_c, v_c, k_h, v_h), output_scale)
     return out
+
+
+def split_scale(scaling_seqlen: int) -> tuple[float, float]:
+    """1 / L as a factor of v and one of the output.
+
+    The sum over the keys may pass fp16's range before it is divided by L, and weights divided by L
+    first may fall below it. The factor of v is a power of two, so it does not round.
+    """
+    value_scale = 2.0 ** -round(math.log2(scaling_seqlen) / 2)
+    return value_scale, 1.0 / (scaling_seqlen * value_scale)
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -73,12 +80,16 @@ def candidate_attention(
     """
     wide = torch.promote_types(q.dtype, torch.float32)  # a single dot product loses most to rounding
     own_score = (q.to(wide) * k.to(wide)).sum(-1, keepdim=True)  # [G, H, c, 1]
-    out = F.silu(own_score).to(v.dtype) * v
-    for start in range(0, q.shape[2], BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
-        scores = q[:, :, rows] @ k_history.transpose(-1, -2)  # [G, H, R, n]
-        out[:, :, rows] += F.silu(scores, inplace=True) @ v_history
-    return out
+    return strip(q, k_history, v_history).add_(F.silu(own_score).to(v.dtype) * v)
+
+
+def strip(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """SiLU(q k') v without a mask; q (scaled by alpha), result [..., R, d], k, v [..., n, d].
+
+    Matrix products are fastest on contiguous k. Rows go a block at a time, which bounds the scores.
+    """
+    parts = [F.silu(rows @ k.transpose(-1, -2), inplace=True) @ v for rows in q.split(BLOCK_ROWS, dim=-2)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
 def _groups_of_similar_length(offsets: list[int], num_candidates: list[int]) -> Iterator[list[int]]:
@@ -96,14 +107,20 @@ def _groups_of_similar_length(offsets: list[int], num_candidates: list[int]) -> 
         yield group
 
 
-def _pad(x: torch.Tensor, rows: list[slice]) -> torch.Tensor:
-    """Rows of x [T, H, d] as [G, H, longest, d], zero behind the end of the shorter ones."""
+def pad(x: torch.Tensor, rows: list[slice]) -> torch.Tensor:
+    """Rows of x [T, H, d] as [G, H, longest, d] contiguous, zero behind the end of the shorter ones."""
     if len(rows) == 1:
         return x[rows[0]].transpose(0, 1).contiguous()[None]
     return pad_sequence([x[r] for r in rows], batch_first=True).transpose(1, 2).contiguous()
 
 
-def _unpad(out: torch.Tensor, rows: list[slice], padded: torch.Tensor, scale: float) -> None:
+def write_unpadded(out: torch.Tensor, rows: list[slice], padded: torch.Tensor, scale: float) -> None:
     """Write the filled part of padded [G, H, longest, d], times scale, to its rows of out [T, H, d]."""
     for r, one in zip(rows, padded.unbind(), strict=True):
-        out[r] = one[:, : r.stop - r.start].transpose(0, 1) * scale
+        torch.mul(one[:, : r.stop - r.start].transpose(0, 1), scale, out=out[r])
+
+
+def add_unpadded(out: torch.Tensor, rows: list[slice], padded: torch.Tensor, scale: float) -> None:
+    """Add the filled part of padded [G, H, longest, d], times scale, to its rows of out [T, H, d]."""
+    for r, one in zip(rows, padded.unbind(), strict=True):
+        out[r].add_(one[:, : r.stop - r.start].transpose(0, 1), alpha=scale)

@@ -1,0 +1,75 @@
+"""Checks cached scores against uncached ones, with a budget that comes from the data."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from hstu_cli.model.engine import InferenceEngine
+from hstu_cli.model.tokens import UserRequest
+
+
+@dataclass(slots=True)
+class CacheVerifier:
+    """Recomputes requests without the cache, in the model's dtype and in a wider one on the CPU.
+
+    Errors are relative: the norm of a request's difference to the wide scores over the norm of
+    those. A cached score may be twice as wrong as the uncached ones are, and their rounding.
+    """
+
+    engine: InferenceEngine
+    num_requests: int = 0
+    worst_cached_error: float = 0.0
+    worst_uncached_error: float = 0.0
+    worst_difference: float = 0.0
+    worst_request_id: int | None = None
+    _wide_engine: InferenceEngine = field(init=False)
+
+    def __post_init__(self) -> None:
+        model = copy.deepcopy(self.engine.model).to("cpu", _wider(self.engine.model.dtype))
+        self._wide_engine = InferenceEngine(model, self.engine.impl)
+
+    def check(self, request_id: int, request: UserRequest, cached: np.ndarray) -> None:
+        """Compare the cached logits [C, 8] of one request."""
+        uncached = self.engine.step([request], use_cache=False).logits
+        wide = self._wide_engine.step([request]).logits
+        scale = max(float(np.linalg.norm(wide)), np.finfo(np.float32).tiny)
+        cached_error = float(np.linalg.norm(cached - wide)) / scale
+        self.num_requests += 1
+        self.worst_uncached_error = max(self.worst_uncached_error, float(np.linalg.norm(uncached - wide)) / scale)
+        self.worst_difference = max(self.worst_difference, float(np.abs(cached - uncached).max(initial=0)))
+        # NaN compares as not smaller, so that it counts as the worst.
+        if self.worst_request_id is None or not cached_error <= self.worst_cached_error:
+            self.worst_cached_error, self.worst_request_id = cached_error, request_id
+
+    @property
+    def budget(self) -> float:
+        """The most that a cached request's relative error may be."""
+        return 2 * (self.worst_uncached_error + torch.finfo(self.engine.model.dtype).eps)
+
+    @property
+    def failure(self) -> str | None:
+        """What is wrong, or None where every cached score is within the budget."""
+        if self.num_requests == 0 or self.worst_cached_error <= self.budget:
+            return None
+        return (
+            f"cached scores differ: request {self.worst_request_id} is off by {self.worst_cached_error:.3g} "
+            f"(relative), the budget is {self.budget:.3g}; logits differ by up to {self.worst_difference:.3g}"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Named as in the JSON record."""
+        return {
+            "num_requests": self.num_requests,
+            "worst_difference": self.worst_difference,
+            "worst_cached_error": self.worst_cached_error,
+            "worst_uncached_error": self.worst_uncached_error,
+            "worst_request_id": self.worst_request_id,
+            "budget": self.budget,
+        }
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float32 else torch.float32
