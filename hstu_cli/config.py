@@ -85,7 +85,8 @@ class ModelConfig:
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
         if self.contextual_mask is not False:
             raise ValueError(
-                "contextual_mask must be false: context tokens are causal here, which is what makes them cacheable"
+                "contextual_mask must be false (context tokens are causal here, which is what makes them cacheable), "
+                f"not {self.contextual_mask!r}"
             )
 
     @property
@@ -208,11 +209,19 @@ def resolve_model_config(name_or_path: str) -> ModelConfig:
     if preset is not None:
         return preset
     path = Path(name_or_path)
-    if path.suffix == ".json" or path.is_file():
+    if path.suffix == ".json" or _is_file(path):
         return model_config_from_fields(read_json_object(path), path)
     raise UsageError(
         f"--config {name_or_path}: there is no preset of that name ({', '.join(MODEL_PRESETS)}) and no such file."
     )
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a text that is too long for a name names none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def model_config_from_fields(fields: Mapping[str, Any], path: Path) -> ModelConfig:

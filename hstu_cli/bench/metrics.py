@@ -35,11 +35,15 @@ class ReplayMetrics:
         reasons: dict[str, str] = {}
         for t, task in enumerate(TASKS):
             positive = (labels >> t) & 1
-            if 0 < positive.sum() < len(positive):
-                auc[task] = _auc(np.concatenate([logits[:, t] for logits in self._logits]), positive)
-            else:
-                auc[task] = None
+            auc[task] = None
+            if not 0 < positive.sum() < len(positive):
                 reasons[task] = f"every candidate has {task} {positive[0]}" if len(positive) else "no candidates"
+                continue
+            scores = np.concatenate([logits[:, t] for logits in self._logits])
+            if np.isnan(scores).any():
+                reasons[task] = f"{int(np.isnan(scores).sum())} logits of {task} are not numbers"
+            else:
+                auc[task] = _auc(scores, positive)
         return {
             "hit_rate": {str(k): hit_rate(ranks, k) for k in sorted(set(cutoffs))},
             "ndcg": {str(k): ndcg(ranks, k) for k in sorted(set(cutoffs))},

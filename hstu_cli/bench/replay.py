@@ -47,6 +47,7 @@ class Replay:
         self.metrics = ReplayMetrics()
         self.latencies_ms: list[float] = []
         self.num_requests = 0
+        self.num_not_finite = 0
 
     def warm_up(self) -> None:
         """Score the first batch once, untimed and uncached: loads libraries, and finds wrong ids early."""
@@ -66,6 +67,7 @@ class Replay:
             self.backend.synchronize()
             self.latencies_ms.append((time.perf_counter() - start) * 1e3)
             self.num_requests += len(batch)
+            self.num_not_finite += int((~np.isfinite(result.logits)).sum())
             self._verify(batch, requests, result.logits)
             labels = np.concatenate([self.source.labels(i) for i in batch])
             self.metrics.add(self._target_ranks(requests, result), result.logits, labels)
@@ -95,6 +97,8 @@ class Replay:
     @property
     def failure(self) -> str | None:
         """Why the result is invalid, or None."""
+        if self.num_not_finite:
+            return f"{self.num_not_finite:,} logits are NaN or infinite: the weights overflow in this dtype."
         return self.verifier.failure if self.verifier else None
 
     def _verify(self, batch: range, requests: list[UserRequest], logits: np.ndarray) -> None:

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pickle
+import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +41,7 @@ def save_checkpoint(model: RankingModel, path: str | os.PathLike[str]) -> None:
         **model.config.to_dict(),
         "tables": {name: table.num_rows for name, table in model.embeddings.items()},
     }
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = _unshared({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
@@ -48,8 +49,19 @@ def save_checkpoint(model: RankingModel, path: str | os.PathLike[str]) -> None:
             Path(scratch, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for name in (WEIGHTS_FILE, CONFIG_FILE):
                 Path(scratch, name).replace(folder / name)
-    except OSError as error:
-        raise InputError(f"The checkpoint cannot be written to {folder}: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk into an error of its own
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"The checkpoint cannot be written to {folder}: {reason}.") from error
+
+
+def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of those tensors whose memory another one has: safetensors refuses them."""
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        if tensor.data_ptr() in seen:
+            state[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return state
 
 
 def load_checkpoint(
@@ -76,6 +88,23 @@ def load_checkpoint(
     return model_from_state(config or MODEL_PRESETS[DEFAULT_PRESET], state, path, table_rows, dtype).to(device)
 
 
+_UNREADABLE = (
+    OSError,
+    SafetensorError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+)
+"""What the readers raise for damaged files: torch's unpickler checks little of what it reads."""
+
+
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors, .pt or .pth file, on the CPU; InputError where it is not one."""
     if not path.is_file():
@@ -89,10 +118,13 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is not a plain dictionary of tensors: it is damaged, or it holds code, which is never run. "
             "Save model.state_dict() and nothing else."
         ) from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path} is not a readable checkpoint: {error}.") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path} must hold a dictionary of tensors (a state dict) and nothing else.")
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise InputError(f"{path}: {name} is {tensor.layout} on {tensor.device}, not a plain tensor.")
     return state
 
 
@@ -109,14 +141,16 @@ def model_from_state(
     (None: the widest among the tensors). `source` is what the errors name.
     """
     floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
-    problems = [f"{name} is not finite" for name, tensor in floating.items() if not _is_finite(tensor)]
-    dtype = dtype or functools.reduce(torch.promote_types, (t.dtype for t in floating.values()), torch.float16)
+    dtypes = [tensor.dtype for tensor in floating.values()] or [torch.float32]
+    dtype = dtype or functools.reduce(torch.promote_types, dtypes)
     state = {name: tensor.to(dtype) if name in floating else tensor for name, tensor in state.items()}
+    # After the conversion: a narrower dtype may not hold a large weight.
+    problems = [f"{name} is not finite" for name in floating if not _is_finite(state[name])]
     tables, table_problems = _read_tables(config, state, table_rows)
-    problems += table_problems
-    if not table_problems:
-        model = RankingModel(config, tables).to(dtype)
-        problems += _differences(model.state_dict(), state)
+    problems += [problem for found in table_problems.values() for problem in found]
+    model = RankingModel(config, tables).to(dtype)
+    judged = tuple(f"embeddings.{name}." for name in table_problems)
+    problems += [p for p in _differences(model.state_dict(), state) if not p.startswith(judged)]
     if problems:
         raise InputError(f"{source} does not fit its configuration:\n  " + "\n  ".join(problems))
     model.load_state_dict(state, assign=True)
@@ -131,6 +165,9 @@ def _read_config(path: Path, wanted: ModelConfig | None) -> tuple[ModelConfig, d
             f"{path} says format {fields.get('format')!r}, version {fields.get('format_version')!r}; "
             f"this program reads {FORMAT!r}, version {FORMAT_VERSION}."
         )
+    missing = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in fields]
+    if missing:
+        raise InputError(f"{path}: missing field {', '.join(missing)}.")
     tables = fields.get("tables")
     if not isinstance(tables, dict):
         raise InputError(f"{path} must name its tables and their rows under 'tables'.")
@@ -147,25 +184,32 @@ def _read_config(path: Path, wanted: ModelConfig | None) -> tuple[ModelConfig, d
 
 def _read_tables(
     config: ModelConfig, state: Mapping[str, torch.Tensor], table_rows: Mapping[str, int] | None
-) -> tuple[dict[str, EmbeddingTable], list[str]]:
-    """The embedding tables of a state dict, and what is wrong with them."""
+) -> tuple[dict[str, EmbeddingTable], dict[str, list[str]]]:
+    """The embedding tables of a state dict, and by table what is wrong; a wrong one has a stand-in."""
     tables: dict[str, EmbeddingTable] = {}
-    problems = []
+    problems: dict[str, list[str]] = {}
+    for name in (table_rows or {}).keys() - set(table_names(config)):
+        problems[name] = [f"{CONFIG_FILE} names a table {name}, which is not part of the model"]
     for name in table_names(config):
+        found = problems.setdefault(name, [])
         weight = state.get(f"embeddings.{name}.weight")
-        rows = None if table_rows is None else table_rows.get(name)
+        tables[name] = EmbeddingTable(torch.empty(1, config.hidden_dim))
+        if table_rows is not None and name not in table_rows:
+            found.append(f"{CONFIG_FILE} does not name the rows of table {name}")
         if weight is None:
-            problems.append(f"embeddings.{name}.weight is missing")
+            found.append(f"embeddings.{name}.weight is missing")
             continue
         try:
-            tables[name] = EmbeddingTable(weight, state.get(f"embeddings.{name}.keys"))
+            table = EmbeddingTable(weight, state.get(f"embeddings.{name}.keys"))
         except ValueError as error:
-            problems.append(f"embeddings.{name}: {error}")
+            found.append(f"embeddings.{name}: {error}")
             continue
-        wanted = [weight.shape[0] if table_rows is None else rows, config.hidden_dim]
-        if list(weight.shape) != wanted:
-            problems.append(f"embeddings.{name}.weight is {list(weight.shape)}, expected {wanted}")
-    return tables, problems
+        wanted = [(table_rows or {}).get(name, weight.shape[0]), config.hidden_dim]
+        if list(weight.shape) == wanted:
+            tables[name] = table
+        else:
+            found.append(f"embeddings.{name}.weight is {list(weight.shape)}, expected {wanted}")
+    return tables, {name: found for name, found in problems.items() if found}
 
 
 def _differences(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:

@@ -97,32 +97,38 @@ class RankingModel(nn.Module):
 
     @torch.no_grad()
     def next_item_rank(self, rows: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-        """Place of each target in the whole vocabulary, [R] int64 from 1; 0 for an id not in it.
+        """Place of each target in the whole vocabulary, [R] int64 from 1; 0 for an id not in it, and for NaN.
 
         rows: [R, D], as for `next_item_scores`; target_ids: [R] int64 raw video ids. Equal scores
-        are ordered by column, as in a stable sort.
+        are ordered by column, as in a stable sort; scores of equal items may differ in their last bits,
+        by where a matrix product puts them, so a difference that rounding explains counts as equal.
         """
         table = self.embeddings[VIDEO_TABLE]
-        columns = torch.searchsorted(self.vocabulary, table.rows_of(target_ids)).clamp_(
-            max=max(len(self.vocabulary) - 1, 0)
-        )
+        if not len(self.vocabulary):
+            return torch.zeros_like(target_ids)
+        columns = torch.searchsorted(self.vocabulary, table.rows_of(target_ids)).clamp_(max=len(self.vocabulary) - 1)
         ranks = []
         step = max(1, SCORE_ELEMENTS // max(1, len(self.vocabulary)))
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             scores = self.next_item_scores(rows[part])  # [R, V]
             column = columns[part, None]
-            target = scores.gather(1, column)
-            ties_before = (scores == target) & (torch.arange(scores.shape[1], device=scores.device) < column)
-            ranks.append(1 + ((scores > target) | ties_before).sum(1))
+            lead = scores - scores.gather(1, column)  # of every item over the target
+            rounding = 4 * torch.finfo(scores.dtype).eps / self.config.next_item_temperature
+            earlier = torch.arange(scores.shape[1], device=scores.device) < column
+            better = (lead > rounding) | ((lead >= -rounding) & earlier)
+            ranks.append(torch.where(lead.isnan().any(1), 0, 1 + better.sum(1)))
         known = table.is_known(target_ids)
         return torch.where(known, torch.cat(ranks), 0) if ranks else torch.zeros_like(target_ids)
 
     @torch.no_grad()
     def next_item_top_k(self, rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k most likely next items of rows [R, D]: raw video ids [R, k] int64 and scores [R, k]."""
-        scores, columns = self.next_item_scores(rows).topk(k, dim=1)
-        item_rows = self.vocabulary[columns]
+        """The k most likely next items of rows [R, D]: raw video ids [R, k] int64 and scores [R, k].
+
+        Equal scores are ordered by column.
+        """
+        scores, columns = self.next_item_scores(rows).sort(dim=1, descending=True, stable=True)
+        scores, item_rows = scores[:, :k], self.vocabulary[columns[:, :k]]
         keys = self.embeddings[VIDEO_TABLE].keys
         return (item_rows if keys is None else keys[item_rows]), scores
 
