@@ -1,5 +1,6 @@
 """Takes the expected files out of a .tar.gz, and nothing else."""
 
+import gzip
 import tarfile
 import zlib
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ def extract(archive: Path, names: Iterable[str], folder: Path, *, max_bytes: int
     found: dict[str, Path] = {}
     unpacked = 0
     try:
-        with tarfile.open(archive, "r:gz") as tar:
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
                 _check_member(archive, member)
                 unpacked += member.size
@@ -36,11 +37,12 @@ def extract(archive: Path, names: Iterable[str], folder: Path, *, max_bytes: int
                 member.name = name
                 tar.extract(member, folder, filter="data")
                 found[name] = folder / name
+            _read_to_the_end(archive, stream, max_bytes)
+    except gzip.BadGzipFile as error:
+        raise InputError(f"{archive} is no .tar.gz file, or damaged: {error}.") from error
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise InputError(f"{archive} is damaged or incomplete: {error}. Fetch it again.") from error
     except OSError as error:
-        if error.errno is None:  # gzip.BadGzipFile: the file is not what its name says
-            raise InputError(f"{archive} is not a .tar.gz file: {error}.") from error
         raise RunError(
             f"{archive} could not be extracted to {folder}: {error.strerror}. Nothing was changed."
         ) from error
@@ -48,6 +50,13 @@ def extract(archive: Path, names: Iterable[str], folder: Path, *, max_bytes: int
     if missing:
         raise InputError(f"{archive} lacks {', '.join(missing)}.")
     return found
+
+
+def _read_to_the_end(archive: Path, stream: gzip.GzipFile, max_bytes: int) -> None:
+    """Read what follows the last member, so that the stream's own checksum is compared."""
+    while stream.read(1 << 20):
+        if stream.tell() > max_bytes:
+            raise InputError(f"{archive} unpacks to more than {max_bytes / 1e9:.0f} GB; nothing was changed.")
 
 
 def _check_member(archive: Path, member: tarfile.TarInfo) -> None:

@@ -27,8 +27,10 @@ USER_COLUMNS = CONTEXTUAL_FEATURES[1:]
 
 _EVENT_COLUMNS = "user_id, video_id, action_weights, time_ms"
 
-_NUMBER = "DECIMAL(22,3)"
+_NUMBER = "DECIMAL(38,18)"
 """Holds every int64 exactly and keeps a fraction visible, which a cast to integer would round away."""
+
+_MAX_ID = (1 << 63) - 1
 
 
 class ScratchDatabase:
@@ -68,7 +70,8 @@ class ScratchDatabase:
             self._run(f"{verb} SELECT {whole_row} FROM {_csv_scan(file, header, LOG_COLUMNS)}", source=file)
         self._run(
             f"INSERT INTO events SELECT {_EVENT_COLUMNS} FROM whole_rows "
-            f"WHERE rowid IN (SELECT min(rowid) FROM whole_rows GROUP BY {_EVENT_COLUMNS}{others and ', ' + others})"
+            f"WHERE rowid IN (SELECT min(rowid) FROM whole_rows GROUP BY {_EVENT_COLUMNS}{others and ', ' + others}) "
+            "ORDER BY rowid"  # the order of the files decides ties
         )
         num_rows = self._count("whole_rows", "count(*)")
         self._run("DROP TABLE whole_rows")
@@ -120,14 +123,14 @@ def _read_header(file: Path, required: Sequence[str]) -> list[str]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             header = next(csv.reader(lines), [])
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{file} cannot be read: {error}.") from error
     if not header:
         raise InputError(f"{file} is empty.")
     missing = [column for column in required if column not in header]
     if missing:
         raise InputError(f"{file} lacks the column {', '.join(missing)}. It has {', '.join(header)}.")
-    if len(set(header)) != len(header):
+    if len({column.lower() for column in header}) != len(header):  # to DuckDB the case of a name is nothing
         raise InputError(f"{file} names a column twice: {', '.join(header)}.")
     return header
 
@@ -162,7 +165,11 @@ def _translated_errors(source: Path | None = None) -> Iterator[None]:
         yield
     except duckdb.InterruptException as error:
         raise KeyboardInterrupt from error
-    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+    except RuntimeError as error:  # the Python package's own form of an interruption
+        if "interrupted" in str(error).lower():
+            raise KeyboardInterrupt from error
+        raise
+    except (duckdb.IOException, duckdb.OutOfMemoryException, duckdb.TransactionException) as error:
         raise RunError(
             f"Sorting the rows failed, most likely because the disk is full: {_first_line(error)}. "
             "Free some space or choose another --data-root; nothing that was there has changed."
@@ -178,12 +185,16 @@ def _explain(message: str) -> str:
     line = re.search(r"CSV Error on Line: (\d+)", message)
     where = f", line {line[1]}" if line else ""
     if cell := re.search(r'converting column "(.*?)"\. Could not convert string "(.*?)" to', message, re.DOTALL):
-        return f"{where}: column {cell[1]} holds {cell[2]!r}, expected a number"
+        return f"{where}: column {cell[1]} holds {_shortened(cell[2])!r}, expected a number"
     if count := re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", message):
         return f"{where}: {count[2]} columns, expected {count[1]}"
     if checked := re.search(r"column \w+ holds .*", message):
-        return f": {checked[0]}"
+        return f": {_shortened(checked[0])}"
     return f"{where}: not a CSV file with one kind of line end and quotes in pairs ({_first_line(message)})"
+
+
+def _shortened(text: str, most: int = 160) -> str:
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def _first_line(error: object) -> str:
@@ -191,7 +202,11 @@ def _first_line(error: object) -> str:
 
 
 def _id(column: str) -> str:
-    whole = _checked(column, f"{column} >= 0 AND {column} = trunc({column})", "a whole number from 0 on")
+    whole = _checked(
+        column,
+        f"{column} BETWEEN 0 AND {_MAX_ID} AND {column} = trunc({column})",
+        f"a whole number from 0 to {_MAX_ID}",
+    )
     return f"({whole})::BIGINT AS {column}"
 
 

@@ -5,8 +5,11 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import requests
+import urllib3
+from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
 
 from hstu_cli.errors import InputError, RunError
 
@@ -73,12 +76,15 @@ def _fetch(url: str, incomplete: Path, on_progress: Progress, backoff_s: float, 
         try:
             _continue(url, incomplete, on_progress, disk_factor)
             return
-        except requests.RequestException as error:
-            failures = 1 if _size(incomplete) > before else failures + 1
+        except (MissingSchema, InvalidSchema, InvalidURL) as error:
+            raise InputError(f"{url} is no address to download from: {error}. Check --base-url.") from error
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            have = _size(incomplete)
+            failures = 1 if have > before else failures + 1
             if failures > RETRIES:
+                kept = f" {have:,} bytes are kept in {incomplete}; the same command continues there." if have else ""
                 raise RunError(
-                    f"{url} could not be fetched: {_reason(error)}. {_size(incomplete):,} bytes are kept in "
-                    f"{incomplete}; the same command continues there. Without a network, pass --archive PATH."
+                    f"{url} could not be fetched: {_reason(error)}.{kept} Without a network, pass --archive PATH."
                 ) from error
             time.sleep(min(backoff_s * 2 ** (failures - 1), 30.0))
 
@@ -108,7 +114,8 @@ def _continue(url: str, incomplete: Path, on_progress: Progress, disk_factor: fl
             check_disk_space(incomplete.parent, int(disk_factor * total) - have)
         with incomplete.open("ab" if have else "wb") as file:
             on_progress(have, total)
-            for chunk in response.iter_content(CHUNK_BYTES):
+            # read1 hands out what has come; larger reads would lose it when the connection ends.
+            while chunk := response.raw.read1(CHUNK_BYTES):
                 file.write(chunk)
                 have += len(chunk)
                 on_progress(have, total)
@@ -142,8 +149,8 @@ def _start_of(response: requests.Response) -> int | None:
     return int(start) if start.isdigit() else None
 
 
-def _reason(error: requests.RequestException) -> str:
-    cause = error
+def _reason(error: Exception) -> str:
+    cause: Any = error
     while isinstance(getattr(cause, "reason", None), Exception):
         cause = cause.reason
     return str(cause.args[0] if cause.args and isinstance(cause.args[0], str) else cause) or type(cause).__name__

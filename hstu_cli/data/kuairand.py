@@ -95,18 +95,18 @@ def _obtain(
 ) -> tuple[Path, str]:
     """A verified archive on this machine, and its MD5."""
     expected = options.md5 or release.md5
-    if options.archive is not None:
+    target = root / "downloads" / release.archive
+    given = options.archive or (target if options.offline else None)
+    if given is not None:
         on_stage("verifying the archive")
-        found = file_md5(options.archive)
+        if options.archive is None and not target.exists():
+            raise InputError(f"--offline, but {target} does not exist. Put the archive there, or pass --archive PATH.")
+        found = file_md5(given)
         if found != expected:
             raise InputError(
-                f"{options.archive} has MD5 {found}, expected {expected}. "
-                f"If it is an archive of your own, pass --md5 {found}."
+                f"{given} has MD5 {found}, expected {expected}. If it is an archive of your own, pass --md5 {found}."
             )
-        return options.archive, found
-    target = root / "downloads" / release.archive
-    if options.offline and not target.exists():
-        raise InputError(f"--offline, but {target} does not exist. Put the archive there, or pass --archive PATH.")
+        return given, expected
     make_folder(target.parent)
     on_stage("downloading")
     url = f"{options.base_url.rstrip('/')}/{release.archive}"

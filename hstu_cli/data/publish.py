@@ -48,7 +48,10 @@ def _tidy(final: Path, work: Path, retired: Path) -> None:
     if retired.exists() and not final.exists():
         retired.rename(final)
     for leftover in (work, retired):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.is_symlink():
+            leftover.unlink()  # the data set was a link; what it led to is not ours to delete
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
