@@ -47,6 +47,7 @@ class Replay:
         self.metrics = ReplayMetrics()
         self.latencies_ms: list[float] = []
         self.num_requests = 0
+        self.num_candidates = 0
         self.num_not_finite = 0
 
     def warm_up(self) -> None:
@@ -67,6 +68,7 @@ class Replay:
             self.backend.synchronize()
             self.latencies_ms.append((time.perf_counter() - start) * 1e3)
             self.num_requests += len(batch)
+            self.num_candidates += len(result.logits)
             self.num_not_finite += int((~np.isfinite(result.logits)).sum())
             self._verify(batch, requests, result.logits)
             labels = np.concatenate([self.source.labels(i) for i in batch])
@@ -81,6 +83,9 @@ class Replay:
         kv_cache: dict[str, Any] = {"enabled": self.engine.cache is not None}
         if self.engine.cache is not None:
             kv_cache |= self.engine.cache.summary()
+            computed = kv_cache["recomputed_tokens"] + self.num_candidates
+            skipped = kv_cache["device_hit_tokens"] + kv_cache["host_hit_tokens"]
+            kv_cache["token_work_ratio"] = (computed + skipped) / computed if computed else None
         if self.verifier is not None:
             kv_cache["verified"] = self.verifier.summary()
         return {

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: hstu infer --config tiny --dataset pure --from 2022-04-25 --predictions-out scores.parquet"
 DEFAULT_CONFIG = "kuairand_gr"
+WORTHWHILE_RATIO = 1.5
+"""Below this ratio of tokens, uncached to cached, what the cache saves is about what it costs."""
 
 
 def infer(
@@ -210,13 +212,16 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
 
 def _cache_table(cache: Mapping[str, Any]) -> "Table":
     """What the cache did, or that there was none."""
-    from hstu_cli.report import key_value_table
+    from hstu_cli.report import format_value, key_value_table
 
     if not cache["enabled"]:
         return key_value_table("KV cache", {"Enabled": False})
     device, host = cache["device_pages"], cache["host_pages"]
+    ratio = cache["token_work_ratio"]
+    short = " (histories too short for the cache to pay)" if ratio is not None and ratio < WORTHWHILE_RATIO else ""
     rows = {
         "Token hit rate": cache["token_hit_rate"],
+        "Tokens to compute without it, over with it": f"{format_value(ratio)}{short}",
         "Tokens: device hits, host hits, recomputed": _several(
             cache["device_hit_tokens"], cache["host_hit_tokens"], cache["recomputed_tokens"]
         ),
