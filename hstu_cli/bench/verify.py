@@ -10,7 +10,6 @@ import torch
 from hstu_cli.model.engine import InferenceEngine
 from hstu_cli.model.tokens import UserRequest
 
-
 FP32_BUDGET = 1e-5
 """What fp32 may differ by in any case: a few lucky requests say little about how sums of thousands round."""
 
