@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 # Shapes: G sequences padded to n history tokens and c candidates, H heads, d head_dim, R rows.
 
-BLOCK_ROWS = 256
+BLOCK_ROWS = 512
 """Query rows of one strip."""
 
 GROUPED_LENGTH = 256
@@ -35,39 +35,49 @@ def attention(
     scaling_seqlen: int,
 ) -> torch.Tensor:
     """See `hstu_attention`."""
-    value_scale, output_scale = split_scale(scaling_seqlen)
+    value_scale, output_scale = split_scale(scaling_seqlen, q.dtype)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for group in _groups_of_similar_length(offsets, num_candidates):
         history = [slice(offsets[b], offsets[b + 1] - num_candidates[b]) for b in group]
         candidates = [slice(offsets[b + 1] - num_candidates[b], offsets[b + 1]) for b in group]
-        k_h, v_h = pad(k, history), pad(v, history) * value_scale  # [G, H, n, d]
+        k_h, v_h = pad(k, history), scaled(pad(v, history), value_scale)  # [G, H, n, d]
         write_unpadded(out, history, causal_attention(pad(q, history) * alpha, k_h, v_h), output_scale)
         if any(num_candidates[b] for b in group):
             q_c = pad(q, candidates) * alpha  # [G, H, c, d]
-            k_c, v_c = pad(k, candidates), pad(v, candidates) * value_scale
+            k_c, v_c = pad(k, candidates), scaled(pad(v, candidates), value_scale)
             write_unpadded(out, candidates, candidate_attention(q_c, k_c, v_c, k_h, v_h), output_scale)
     return out
 
 
-def split_scale(scaling_seqlen: int) -> tuple[float, float]:
+def split_scale(scaling_seqlen: int, dtype: torch.dtype) -> tuple[float, float]:
     """1 / L as a factor of v and one of the output.
 
-    The sum over the keys may pass fp16's range before it is divided by L, and weights divided by L
-    first may fall below it. The factor of v is a power of two, so it does not round.
+    In fp16 the sum over the keys may pass the range before it is divided by L, and weights divided
+    by L first may fall below it. The factor of v is a power of two, so it does not round.
     """
-    value_scale = 2.0 ** -round(math.log2(scaling_seqlen) / 2)
+    value_scale = 2.0 ** -round(math.log2(scaling_seqlen) / 2) if dtype == torch.float16 else 1.0
     return value_scale, 1.0 / (scaling_seqlen * value_scale)
+
+
+def scaled(v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Values times a scale, without a pass over them where that is 1."""
+    return v if scale == 1.0 else v * scale
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Every history row over the rows up to itself; q (scaled by alpha), k, v, result: [G, H, n, d]."""
-    out = torch.empty_like(q)
     num_rows = q.shape[2]
-    for start in range(0, num_rows, BLOCK_ROWS):
-        end = min(start + BLOCK_ROWS, num_rows)
-        scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2)  # [G, H, R, end]
-        scores[..., start:].tril_()
-        out[:, :, start:end] = F.silu(scores, inplace=True) @ v[:, :, :end]
+    if num_rows <= BLOCK_ROWS:
+        return F.silu((q @ k.transpose(-1, -2)).tril_(), inplace=True) @ v
+    # Head by head, a strip of scores stays in the caches and the operands are plain matrices, of
+    # which a product makes no copies.
+    out = torch.empty_like(q)
+    for q_1, k_1, v_1, out_1 in zip(*(x.flatten(0, 1).unbind() for x in (q, k, v, out)), strict=True):
+        for start in range(0, num_rows, BLOCK_ROWS):
+            end = min(start + BLOCK_ROWS, num_rows)
+            scores = q_1[start:end] @ k_1[:end].T  # [R, end]
+            scores[:, start:].tril_()
+            torch.mm(F.silu(scores, inplace=True), v_1[:end], out=out_1[start:end])
     return out
 
 

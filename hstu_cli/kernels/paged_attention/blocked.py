@@ -32,13 +32,13 @@ def attention(
 ) -> torch.Tensor:
     """See `hstu_paged_attention`."""
     out = blocked.attention(q, k, v, offsets, num_candidates, alpha=alpha, scaling_seqlen=scaling_seqlen)
-    value_scale, output_scale = blocked.split_scale(scaling_seqlen)
+    value_scale, output_scale = blocked.split_scale(scaling_seqlen, q.dtype)
     new_rows = [slice(start, end) for start, end in pairwise(offsets)]
     for group in _groups(page_tables, new_rows):
         keys, values = _gather(pages, [page_tables[b] for b in group], [cached_lengths[b] for b in group])
         rows = [new_rows[b] for b in group]
         queries = blocked.pad(q, rows).transpose(0, 1).contiguous() * alpha  # [H, G, R, d]
-        partial = blocked.strip(queries, keys, values * value_scale)  # [H, G, R, d]
+        partial = blocked.strip(queries, keys, blocked.scaled(values, value_scale))  # [H, G, R, d]
         blocked.add_unpadded(out, rows, partial.transpose(0, 1), output_scale)
     return out
 
