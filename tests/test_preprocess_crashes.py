@@ -151,8 +151,10 @@ def test_a_disk_that_fills_up_while_the_result_is_written(
     before = prepared_bytes(root / NAME)
     process = start_hstu(*PURE, "--data-root", root, *large.options)
     wait_for_scratch(root, "sequences.parquet", process)
+    process.send_signal(signal.SIGSTOP)  # so that the disk is full before the next byte is written
     with contextlib.suppress(OSError):  # no space left: as it should be
         (folder / "ballast").write_bytes(bytes(shutil.disk_usage(folder).free))
+    process.send_signal(signal.SIGCONT)
     stdout, stderr = process.communicate(timeout=PATIENCE_S)
     assert_refused(Finished(process.returncode, stdout, stderr), 1, str(root))
     assert prepared_bytes(root / NAME) == before
