@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ TASKS = (
     "is_profile_enter",
 )
 """The ranking head's outputs; bit t of `action_weights` is task t."""
+
+KUAIRAND_TIMEZONE = timezone(timedelta(hours=8))
+"""In which KuaiRand's days begin."""
 
 NUM_ACTION_WEIGHTS = 1 << len(TASKS)
 """Rows of the `action_weights` table: every sum of the eight bits."""
@@ -198,6 +202,10 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
 
 CHECKPOINT_ONLY_FIELDS = ("format", "format_version", "tables")
 """What a native checkpoint's config.json says besides the model's configuration."""
+
+
+DEFAULT_PRESET = "kuairand_gr"
+"""The configuration where nothing names one."""
 
 
 def resolve_model_config(name_or_path: str) -> ModelConfig:

@@ -102,6 +102,14 @@ class Reporter:
             yield ProgressLine(progress)
 
     def _finish(self, tables: list[Table]) -> None:
+        try:
+            self._write(tables)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise RunError(f"The result cannot be written to stdout: {error.strerror}.") from error
+
+    def _write(self, tables: list[Table]) -> None:
         record = _plain(self.record)
         if self.output_json is not None:
             _write_whole(self.output_json, json.dumps(record, indent=2, ensure_ascii=False) + "\n")

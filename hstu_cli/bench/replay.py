@@ -49,6 +49,7 @@ class Replay:
         self.num_requests = 0
         self.num_candidates = 0
         self.num_not_finite = 0
+        self.total_requests = sum(map(len, self.batches))
 
     def warm_up(self) -> None:
         """Score the first batch once, untimed and uncached: loads libraries, and finds wrong ids early."""

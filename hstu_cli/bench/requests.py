@@ -1,11 +1,11 @@
 """The requests of a data set's period, ready for the engine."""
 
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import datetime
 
 import numpy as np
 
-from hstu_cli.config import ModelConfig
+from hstu_cli.config import KUAIRAND_TIMEZONE, ModelConfig
 from hstu_cli.data.dataset import EventStore, PreparedDataset, RequestTimeline
 from hstu_cli.errors import InputError
 from hstu_cli.model.tokens import UserRequest
@@ -33,6 +33,8 @@ class RequestSource:
         self._events: EventStore = dataset.events(self.timeline.user_id)
         users = dataset.users(["user_id", *config.contextual_features])
         self._user_ids, self._context = users[:, 0], users[:, 1:]
+        if not np.isin(self.timeline.user_id, self._user_ids).all():
+            raise InputError(f"{dataset.path} has requests of users that its table of users lacks; prepare it again.")
 
     def __len__(self) -> int:
         return len(self.timeline)
@@ -83,4 +85,4 @@ class RequestSource:
 
 def _date(time_ms: int) -> str:
     """A time in UTC+8, KuaiRand's own."""
-    return datetime.fromtimestamp(time_ms / 1000, timezone(timedelta(hours=8))).strftime("%Y-%m-%d %H:%M UTC+8")
+    return datetime.fromtimestamp(time_ms / 1000, KUAIRAND_TIMEZONE).strftime("%Y-%m-%d %H:%M UTC+8")

@@ -45,12 +45,13 @@ def build_cache(
     if host_bytes is None:
         spill = max(0, needed - num_pages) * page_bytes
         host_bytes = 0 if backend.type == "cpu" else min(spill, Backend().memory_bytes // 4)
+    host_memory = Backend().memory_bytes
     for what, size, memory in (
-        (f"{num_pages} pages of {page_bytes:,} bytes", num_pages * page_bytes, backend.memory_bytes),
-        ("--host-cache-gb", host_bytes, Backend().memory_bytes),
+        (f"{num_pages:,} pages of {page_bytes:,} bytes", num_pages * page_bytes, backend.memory_bytes),
+        ("its part in host memory", host_bytes + (num_pages * page_bytes if backend.type == "cpu" else 0), host_memory),
     ):
         if size > memory:
-            raise RunError(f"The KV cache does not fit: {what} take {size / 1e9:.1f} of {memory / 1e9:.1f} GB.")
+            raise RunError(f"The KV cache does not fit: {what}: {size / 1e9:,.1f} GB, of {memory / 1e9:,.1f} GB here.")
     sizes = KVCacheConfig(num_pages, options.page_size, host_bytes, options.verify_host)
     return KVCacheManager(sizes, config, dtype, backend)
 

@@ -41,10 +41,11 @@ class CacheVerifier:
         scale = max(float(np.linalg.norm(wide)), np.finfo(np.float32).tiny)
         cached_error = float(np.linalg.norm(cached - wide)) / scale
         self.num_requests += 1
-        self.worst_uncached_error = max(self.worst_uncached_error, float(np.linalg.norm(uncached - wide)) / scale)
-        self.worst_difference = max(self.worst_difference, float(np.abs(cached - uncached).max(initial=0)))
-        # NaN compares as not smaller, so that it counts as the worst.
-        if self.worst_request_id is None or not cached_error <= self.worst_cached_error:
+        uncached_error = float(np.linalg.norm(uncached - wide)) / scale
+        # np.maximum keeps a NaN, which is the worst there is.
+        self.worst_uncached_error = float(np.maximum(self.worst_uncached_error, uncached_error))
+        self.worst_difference = float(np.maximum(self.worst_difference, np.abs(cached - uncached).max(initial=0)))
+        if not np.isnan(self.worst_cached_error) and not cached_error <= self.worst_cached_error:
             self.worst_cached_error, self.worst_request_id = cached_error, request_id
 
     @property
@@ -58,7 +59,7 @@ class CacheVerifier:
     @property
     def failure(self) -> str | None:
         """What is wrong, or None where every cached score is within the budget."""
-        if self.num_requests == 0 or self.worst_cached_error <= self.budget:
+        if self.worst_cached_error <= self.budget:
             return None
         return (
             f"cached scores differ: request {self.worst_request_id} is off by {self.worst_cached_error:.3g} "

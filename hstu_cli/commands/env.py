@@ -43,7 +43,8 @@ def env(
             "impl_reason": implementation.reason,
         }
         record["backends"] = {kind.type: _describe(kind) for kind in BACKENDS}
-        record["implementations"] = {"hstu_attention": list(IMPLEMENTATIONS)}
+        operators = ("hstu_attention", "hstu_paged_attention")
+        record["implementations"] = {operator: list(IMPLEMENTATIONS) for operator in operators}
 
 
 def _describe(kind: Any) -> dict[str, Any]:

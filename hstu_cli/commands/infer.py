@@ -1,5 +1,6 @@
 """`hstu infer`: replay a data set's requests through a model; latency, throughput and quality."""
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from hstu_cli.report import Reporter
 
 EXAMPLE = "Example: hstu infer --config tiny --dataset pure --from 2022-04-25 --predictions-out scores.parquet"
-DEFAULT_CONFIG = "kuairand_gr"
 WORTHWHILE_RATIO = 1.5
 """Below this ratio of tokens, uncached to cached, what the cache saves is about what it costs."""
 
@@ -73,24 +73,30 @@ def infer(
     from_ms, until_ms = options.parse_date("--from", from_), options.parse_date("--until", until)
     if from_ms is not None and until_ms is not None and from_ms >= until_ms:
         raise UsageError(f"--from {from_} must be before --until {until}.")
+    if host_cache_gb is not None and not math.isfinite(host_cache_gb):
+        raise UsageError(f"--host-cache-gb takes a number of gigabytes, not {host_cache_gb}.")
+    if predictions_out is not None and predictions_out == output_json:
+        raise UsageError("--predictions-out and --output-json name the same file.")
     if not kv_cache and (num_pages or host_cache_gb or verify_cache):
         raise UsageError("--num-pages, --host-cache-gb and --verify-cache need the cache: drop --no-kv-cache.")
     from hstu_cli.backend import DTYPES, open_device, resolve_dtype
     from hstu_cli.bench.replay import Replay
     from hstu_cli.bench.requests import RequestSource
     from hstu_cli.bench.setup import CacheOptions, build_cache, random_model_for
-    from hstu_cli.config import resolve_model_config
-    from hstu_cli.data.predictions import PredictionsWriter
+    from hstu_cli.config import DEFAULT_PRESET, MODEL_PRESETS, resolve_model_config
+    from hstu_cli.data.predictions import PredictionsWriter, check_writable
     from hstu_cli.kernels.dispatch import choose_impl
     from hstu_cli.model import load_checkpoint
     from hstu_cli.model.engine import InferenceEngine
     from hstu_cli.report import Reporter, environment, parse_metadata
 
+    if predictions_out is not None:
+        check_writable(predictions_out)
     choice = open_device(device, require=require_device)
     backend = choice.backend
     dtype_name = resolve_dtype(dtype, backend)
     implementation = choose_impl(impl, backend.type)
-    model_config = resolve_model_config(config) if config else None
+    model_config = resolve_model_config(config) if config is not None else None
     reporter = Reporter(
         "infer",
         args,
@@ -104,7 +110,7 @@ def infer(
     if checkpoint is not None:
         model = load_checkpoint(checkpoint, config=model_config)
     else:
-        model = random_model_for(prepared, model_config or resolve_model_config(DEFAULT_CONFIG), backend, seed)
+        model = random_model_for(prepared, model_config or MODEL_PRESETS[DEFAULT_PRESET], backend, seed)
         reporter.warn("No --checkpoint: the weights are random, so expect an AUC of about 0.5.")
     model = model.to(device=backend.device, dtype=DTYPES[dtype_name])
     limit = None if steps is None else steps * batch_size
@@ -138,12 +144,12 @@ def infer(
         "model": model.config.to_dict() | {"weights": "checkpoint" if checkpoint else "random"},
     }
     replay.warm_up()
-    writer = PredictionsWriter(predictions_out) if predictions_out else None
+    writer = PredictionsWriter(predictions_out) if predictions_out is not None else None
     with reporter.running(_tables) as record, writer or nullcontext(), reporter.progress() as progress:
         progress.stage("replaying")
 
         def on_batch(done: int, logits_shape: tuple[int, int]) -> None:
-            progress.count(done, len(source), "requests")
+            progress.count(done, replay.total_requests, "requests")
             if dump_logits:
                 reporter.note(f"batch {len(replay.latencies_ms) - 1}: logits {list(logits_shape)} float32")
 

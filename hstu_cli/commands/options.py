@@ -3,13 +3,14 @@
 import functools
 import traceback
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from hstu_cli.config import KUAIRAND_TIMEZONE
 from hstu_cli.errors import HstuError, UsageError
 
 EXIT_INTERRUPTED = 130
@@ -30,20 +31,18 @@ RequireDevice = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16; auto is fp32 on a CPU, bf16 elsewhere.")]
 Impl = Annotated[str, typer.Option(help="Implementation of the operators: auto, reference or blocked.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Config = Annotated[
     str | None, typer.Option(metavar="NAME|FILE", help="Model: kuairand_gr, tiny, benchmark, or a config.json.")
 ]
 DataRoot = Annotated[
     Path | None,
-    typer.Option(help="Folder of the prepared data; else $HSTU_HOME, ./tmp_data where it holds some, ~/.cache/hstu."),
+    typer.Option(help="Folder of prepared data; else $HSTU_HOME, ./tmp_data if it holds some, or your cache folder."),
 ]
 Format = Annotated[OutputFormat, typer.Option(help="rich: tables, then the JSON summary; json: one JSON object.")]
 OutputJson = Annotated[Path | None, typer.Option(help="Also write the whole JSON record to this file.")]
 Metadata = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Put this into the record; repeatable.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
-
-KUAIRAND_TIMEZONE = timezone(timedelta(hours=8))
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

@@ -1,5 +1,6 @@
 """`hstu preprocess kuairand`: raw KuaiRand logs, or synthetic users, into a prepared data set."""
 
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,13 +35,16 @@ def kuairand(
         bool, typer.Option("--drop-duplicates", help="Keep one of rows that are equal in every column.")
     ] = False,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Generate users instead; needs no download.")] = False,
-    users: Annotated[int, typer.Option(min=1, help="Synthetic users.")] = 200,
-    events: Annotated[int, typer.Option(min=1, help="Synthetic events per user (shape pure: on average).")] = 100,
-    items: Annotated[int, typer.Option(min=1, help="Synthetic videos.")] = 2000,
+    users: Annotated[int | None, typer.Option(min=1, max=10**8, help="Synthetic users; 100 if not given.")] = None,
+    events: Annotated[
+        int | None, typer.Option(min=1, max=10**7, help="Synthetic events per user (shape pure: on average); 50.")
+    ] = None,
+    items: Annotated[int | None, typer.Option(min=1, max=10**9, help="Synthetic videos; 1000.")] = None,
     shape: Annotated[
-        Literal["pure", "1k"], typer.Option(help="pure: a few events a day; 1k: sessions of about 80 events.")
-    ] = "pure",
-    seed: options.Seed = 0,
+        Literal["pure", "1k"] | None,
+        typer.Option(help="Synthetic users' shape. pure: a few events a day; 1k: sessions of about 80 events."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the synthetic users; 0.")] = None,
     format: options.Format = options.OutputFormat.rich,
     output_json: options.OutputJson = None,
     metadata: options.Metadata = None,
@@ -55,6 +59,12 @@ def kuairand(
     from hstu_cli.report import Reporter, environment, parse_metadata
 
     name = _which_dataset(dataset, synthetic)
+    generated = {"num_users": users, "num_events": events, "num_items": items, "shape": shape, "seed": seed}
+    generated = {field: value for field, value in generated.items() if value is not None}
+    if name != layout.SYNTHETIC and generated:
+        raise UsageError("--users, --events, --items, --shape and --seed are for --synthetic.")
+    if md5 is not None and not re.fullmatch("[0-9a-fA-F]{32}", md5):
+        raise UsageError(f"--md5 takes 32 hexadecimal digits, not {md5!r}.")
     if name == layout.SYNTHETIC and (archive or md5 or base_url or offline or drop_duplicates):
         raise UsageError("--archive, --md5, --base-url, --offline and --drop-duplicates are for KuaiRand's files.")
     if archive and (base_url or offline):
@@ -72,7 +82,7 @@ def kuairand(
         if name == layout.SYNTHETIC:
             prepared = prepare_synthetic(
                 root,
-                SyntheticOptions(users, events, items, shape, seed, 1000 * time_interval_s),
+                SyntheticOptions(**generated, interval_ms=1000 * time_interval_s),
                 on_stage=progress.stage,
             )
         else:

@@ -79,7 +79,8 @@ class ScratchDatabase:
 
     def add_events(self, events: pa.Table) -> None:
         """Add rows of `user_id, video_id, action_weights, time_ms`."""
-        self._connection.from_arrow(events).insert_into("events")
+        with _translated_errors():
+            self._connection.from_arrow(events).insert_into("events")
 
     def count_videos(self) -> int:
         """Distinct videos of the loaded events."""
@@ -99,13 +100,17 @@ class ScratchDatabase:
         columns = ", ".join([_id("user_id"), *(f"{c}::VARCHAR AS {c}" for c in USER_COLUMNS)])
         scan = _csv_scan(file, header, ("user_id",))
         self._run(f"CREATE TABLE users AS SELECT {columns} FROM {scan}", source=file)
-        repeated = self._connection.execute("SELECT user_id FROM users GROUP BY user_id HAVING count(*) > 1").fetchone()
+        with _translated_errors():
+            repeated = self._connection.execute(
+                "SELECT user_id FROM users GROUP BY user_id HAVING count(*) > 1"
+            ).fetchone()
         if repeated:
             raise InputError(f"{file} holds user {repeated[0]} more than once.")
         return pa.Table.from_batches(self._batches("SELECT * FROM users ORDER BY user_id"))
 
     def _count(self, table: str, expression: str) -> int:
-        return self._connection.execute(f"SELECT {expression} FROM {table}").fetchone()[0]
+        with _translated_errors():
+            return self._connection.execute(f"SELECT {expression} FROM {table}").fetchone()[0]
 
     def _batches(self, query: str) -> Iterator[pa.RecordBatch]:
         with _translated_errors():

@@ -74,6 +74,9 @@ class PreparedDataset:
             raise InputError(
                 f"{self.path} has schema_version {version}, this program reads {SCHEMA_VERSION}. {self._again()}"
             )
+        lacking = [key for key in ("category_maps", "first_time_ms", "last_time_ms") if key not in self.metadata]
+        if lacking:
+            raise InputError(f"{self.path / METADATA_FILE} lacks {', '.join(lacking)}. {self._again()}")
 
     def requests(
         self, *, from_ms: int | None = None, until_ms: int | None = None, limit: int | None = None
@@ -101,6 +104,8 @@ class PreparedDataset:
         columns = ["user_id", "video_id", "action_weights"]
         groups = self._row_groups(SEQUENCES_FILE, columns)
         table = pa.concat_tables([rows.filter(pc.is_in(rows["user_id"], wanted)) for rows in groups])
+        if table["user_id"].to_pylist() != wanted.to_pylist():
+            raise InputError(f"{self.path / SEQUENCES_FILE} lacks users of {REQUESTS_FILE}. {self._again()}")
         offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(table["video_id"]).to_numpy())])
         return EventStore(
             user_ids=table["user_id"].to_numpy(),

@@ -23,6 +23,12 @@ PREDICTIONS_SCHEMA = pa.schema(
 ROW_GROUP_ROWS = 1 << 16
 
 
+def check_writable(path: Path) -> None:
+    """Raise InputError now where a file could not be written later."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"--predictions-out {path} cannot be written.")
+
+
 class PredictionsWriter:
     """Collects rows into row groups of one size, so that the file does not depend on the batches.
 

@@ -32,7 +32,7 @@ SESSION_EVENTS = (60, 100)
 """Least and greatest length of the `1k` shape's sessions."""
 
 EVENTS_PER_DRAW = 1 << 20
-"""Events drawn at a time, which bounds the generator's memory."""
+"""Events drawn at a time, of one user at least."""
 
 SIGNAL_RATES = {
     "is_click": 0.36,
@@ -64,9 +64,9 @@ class SyntheticOptions:
     and every user with about the same long history.
     """
 
-    num_users: int = 200
-    num_events: int = 100
-    num_items: int = 2000
+    num_users: int = 100
+    num_events: int = 50
+    num_items: int = 1000
     shape: Shape = "pure"
     seed: int = 0
     interval_ms: int = 300_000

@@ -13,7 +13,7 @@ class HistoryFingerprint:
     """The history of one request, as the model sees it, to be compared with what an entry holds.
 
     identity: bytes that stand for the model's weights; context: int64 ids of the context tokens;
-    video_ids, action_weights: int64 [events], the history from `window_start` on.
+    video_ids, action_weights: integers [events], the history from `window_start` on.
     """
 
     def __init__(

@@ -109,8 +109,8 @@ class KVCacheManager:
     def prepare(self, user_ids: Sequence[int], fingerprints: Sequence[HistoryFingerprint]) -> CacheBatch:
         """Find what is cached of each request and reserve pages for the rest; nothing is evicted in vain.
 
-        The users must be distinct and the pages fit, as after `split`. Where a copy fails to start,
-        the cache is as it was, and the error goes on.
+        The users must be distinct and the pages fit, as after `split`. Where a copy fails, the error
+        goes on: while victims are written back, with the cache as it was; later, with the victims gone.
         """
         if len(set(user_ids)) != len(user_ids):
             raise ValueError("a batch holds a user twice; split it first")

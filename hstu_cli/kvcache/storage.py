@@ -17,11 +17,6 @@ class PageStorage:
         """Layers, each with the same page ids."""
         return self.pages.shape[0]
 
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page over all layers."""
-        return self.pages[:, 0].numel() * self.pages.element_size()
-
     def copy_layer_to(
         self, target: "PageStorage", layer: int, page_ids: Sequence[int], target_ids: Sequence[int]
     ) -> None:

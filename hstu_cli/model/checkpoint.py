@@ -15,17 +15,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from hstu_cli.config import MODEL_PRESETS, ModelConfig, model_config_from_fields, read_json_object
+from hstu_cli.config import DEFAULT_PRESET, MODEL_PRESETS, ModelConfig, model_config_from_fields, read_json_object
 from hstu_cli.errors import InputError, UsageError
 from hstu_cli.model.embedding import EmbeddingTable
-from hstu_cli.model.ranking import RankingModel, table_names
+from hstu_cli.model.ranking import RankingModel
+from hstu_cli.model.tokens import table_names
 
 FORMAT = "hstu-native"
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-DEFAULT_PRESET = "kuairand_gr"
-"""The configuration of a bare state dict for which none is named."""
 
 
 def save_checkpoint(model: RankingModel, path: str | os.PathLike[str]) -> None:
@@ -80,12 +79,19 @@ def load_checkpoint(
     misshaped or non-finite tensors.
     """
     path = Path(path)
-    table_rows = None
+    table_rows, assumed = None, config is None
     if path.is_dir():
+        assumed = False
         config, table_rows = _read_config(path / CONFIG_FILE, config)
         path = path / WEIGHTS_FILE
     state = read_state_dict(path)
-    return model_from_state(config or MODEL_PRESETS[DEFAULT_PRESET], state, path, table_rows, dtype).to(device)
+    try:
+        model = model_from_state(config or MODEL_PRESETS[DEFAULT_PRESET], state, path, table_rows, dtype)
+    except InputError as error:
+        if not assumed:
+            raise
+        raise InputError(f"{error}\nIt was read as {DEFAULT_PRESET}, for want of another --config.") from error
+    return model.to(device)
 
 
 _UNREADABLE = (

@@ -11,7 +11,7 @@ from hstu_cli.config import NUM_ACTION_WEIGHTS, ModelConfig
 from hstu_cli.errors import InputError
 from hstu_cli.model.embedding import EmbeddingTable
 from hstu_cli.model.layer import Attention, HSTUBlock
-from hstu_cli.model.tokens import ACTION_TABLE, VIDEO_TABLE, TokenBatch
+from hstu_cli.model.tokens import ACTION_TABLE, VIDEO_TABLE, TokenBatch, table_names
 
 # Shapes: T tokens, D hidden_dim, R selected rows, V items of the vocabulary.
 
@@ -136,11 +136,6 @@ class RankingModel(nn.Module):
     def vocabulary(self) -> torch.Tensor:
         """Rows of the video table that stand for an item, [V] int64, ascending: not the default row."""
         return self.embeddings[VIDEO_TABLE].item_rows()
-
-
-def table_names(config: ModelConfig) -> tuple[str, ...]:
-    """The embedding tables of a configuration, in the order of their first token."""
-    return (*config.contextual_features, VIDEO_TABLE, ACTION_TABLE)
 
 
 def l2_normalize(rows: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ class UserRequest:
 
     user_id: whose cached keys and values may serve; the model itself sees the context alone.
     context: int64 [num_context_tokens], in the order of the configuration's contextual features.
-    video_ids, action_weights: int64 [events], the user's history, oldest first, not cut to a window.
+    video_ids, action_weights: integers [events], the user's history, oldest first, not cut to a window.
     candidates: int64 [C], raw video ids.
     """
 
@@ -82,6 +82,11 @@ class TokenBatch:
         return torch.where(rows >= self.seq_offsets[:-1], rows, -1)
 
 
+def table_names(config: ModelConfig) -> tuple[str, ...]:
+    """The embedding tables of a configuration, in the order of their first token."""
+    return (*config.contextual_features, VIDEO_TABLE, ACTION_TABLE)
+
+
 def build_token_batch(
     config: ModelConfig, requests: Sequence[UserRequest], num_cached_tokens: Sequence[int] | None = None
 ) -> TokenBatch:
@@ -90,7 +95,7 @@ def build_token_batch(
     Each history is cut to its window. `num_cached_tokens[b]` tokens are left out at the front of
     sequence b; they must lie before the candidates (ValueError otherwise).
     """
-    tables = (*config.contextual_features, VIDEO_TABLE, ACTION_TABLE)
+    tables = table_names(config)
     cached = [0] * len(requests) if num_cached_tokens is None else num_cached_tokens
     sequences = [_sequence(config, r, n) for r, n in zip(requests, cached, strict=True)]
     codes, ids, positions = (
