@@ -35,9 +35,9 @@ def kuairand(
         bool, typer.Option("--drop-duplicates", help="Keep one of rows that are equal in every column.")
     ] = False,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Generate users instead; needs no download.")] = False,
-    users: Annotated[int | None, typer.Option(min=1, max=10**8, help="Synthetic users; 100 if not given.")] = None,
+    users: Annotated[int | None, typer.Option(min=1, max=10**8, help="Synthetic users; 50 if not given.")] = None,
     events: Annotated[
-        int | None, typer.Option(min=1, max=10**7, help="Synthetic events per user (shape pure: on average); 50.")
+        int | None, typer.Option(min=1, max=10**7, help="Synthetic events per user (shape pure: on average); 40.")
     ] = None,
     items: Annotated[int | None, typer.Option(min=1, max=10**9, help="Synthetic videos; 1000.")] = None,
     shape: Annotated[

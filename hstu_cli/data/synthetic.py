@@ -64,8 +64,8 @@ class SyntheticOptions:
     and every user with about the same long history.
     """
 
-    num_users: int = 100
-    num_events: int = 50
+    num_users: int = 50
+    num_events: int = 40
     num_items: int = 1000
     shape: Shape = "pure"
     seed: int = 0
