@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from support.cli import failure_of, invoke, record_of
@@ -48,6 +49,11 @@ def tiny(root: Path, *arguments: object) -> list[object]:
         (["--metadata", "novalue"], "KEY=VALUE"),
         (["--format", "xml"], "--format"),
         (["--nonsense"], "--nonsense"),
+        (["--config", ""], "kuairand_gr, tiny, benchmark"),
+        (["--seed", 2**63], "--seed"),
+        (["--host-cache-gb", "inf"], "--host-cache-gb"),
+        (["--host-cache-gb", "nan"], "--host-cache-gb"),
+        (["--predictions-out", "same", "--output-json", "same"], "same file"),
     ],
 )
 def test_wrong_command_lines_exit_2(root: Path, arguments: list[object], message: str) -> None:
@@ -122,6 +128,23 @@ def test_damaged_sets_exit_4(own_root: Path, name: str, damage: str) -> None:
     else:
         path.write_text("no such thing")
     assert "hstu preprocess kuairand" in failure_of(4, *tiny(own_root, "--dataset", "synthetic"))
+
+
+def test_a_set_whose_parts_do_not_fit_exits_4(own_root: Path) -> None:
+    folder = own_root / "synthetic"
+    for name in ("sequences.parquet", "users.parquet"):
+        whole = (folder / name).read_bytes()
+        table = pq.read_table(folder / name)
+        pq.write_table(table.slice(0, table.num_rows - 1), folder / name)
+        assert "synthetic" in failure_of(4, *tiny(own_root))
+        (folder / name).write_bytes(whole)
+    (folder / "metadata.json").write_text('{"schema_version": 1}')
+    assert "category_maps" in failure_of(4, *tiny(own_root))
+
+
+@pytest.mark.parametrize("option", ["--output-json", "--predictions-out"])
+def test_folders_as_outputs_exit_4_before_the_run(root: Path, tmp_path: Path, option: str) -> None:
+    assert option in failure_of(4, *tiny(root, option, tmp_path))
 
 
 @pytest.mark.parametrize("option", ["--output-json", "--predictions-out"])

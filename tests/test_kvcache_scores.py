@@ -16,6 +16,7 @@ from support.deferred import DeferredBackend
 from hstu_cli.backend import Backend
 from hstu_cli.bench.requests import RequestSource
 from hstu_cli.bench.setup import random_model_for
+from hstu_cli.bench.verify import CacheVerifier
 from hstu_cli.config import MODEL_PRESETS, ModelConfig
 from hstu_cli.data.dataset import PreparedDataset
 from hstu_cli.data.kuairand import KuaiRandOptions, prepare_kuairand
@@ -202,6 +203,16 @@ def test_infer_fails_where_cached_scores_are_wrong(dataset: PreparedDataset, mon
     assert result.exit_code == 1
     assert '"status": "invalid"' in result.stdout
     assert "cached scores differ: request" in result.stderr
+
+
+def test_the_verifier_keeps_what_is_not_a_number(dataset: PreparedDataset, model: RankingModel) -> None:
+    verifier = CacheVerifier(InferenceEngine(model, "blocked"))
+    request = requests_of(dataset, CONFIG)[0][0]
+    good = verifier.engine.step([request]).logits
+    for request_id, logits in ((0, good), (1, np.full_like(good, np.nan)), (2, good)):
+        verifier.check(request_id, request, logits)
+    assert verifier.worst_request_id == 1
+    assert "request 1" in (verifier.failure or "")
 
 
 def test_infer_without_the_cache_says_so(dataset: PreparedDataset) -> None:

@@ -269,3 +269,16 @@ def test_a_linked_data_set_can_be_prepared_again(archive: Archive, root: Path, t
         assert finished.exit_code == 0, finished.stderr
         assert (root / NAME / "metadata.json").exists()
         assert leftovers(root) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (("--md5", "zz"), "--md5"),
+        (("--users", "5"), "--synthetic"),
+        (("--shape", "1k"), "--synthetic"),
+        (("--seed", "1"), "--synthetic"),
+    ],
+)
+def test_options_that_do_not_go_with_real_files(arguments: tuple[str, str], fragment: str, root: Path) -> None:
+    assert_refused(run_hstu(*PURE, "--data-root", root, *arguments), 2, fragment)
