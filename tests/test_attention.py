@@ -278,21 +278,21 @@ def test_blocked_bounds_what_a_group_holds(history: tuple[int, ...], limit: int)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=7),
     block_rows=st.sampled_from([1, 2, 7, 64]),
-    grouped_length=st.sampled_from([0, 5, 40]),
+    grouped_scores=st.sampled_from([0, 5, 40]),
     group_tokens=st.sampled_from([1, 30, 200]),
     alpha=st.floats(0.01, 2.0),
     scaling_seqlen=st.integers(1, 10_000),
     seed=st.integers(0, 2**31),
 )
 def test_blocked_agrees_for_any_jagged_batch_and_block_size(
-    lengths, block_rows, grouped_length, group_tokens, alpha, scaling_seqlen, seed
+    lengths, block_rows, grouped_scores, group_tokens, alpha, scaling_seqlen, seed
 ) -> None:
     case = AttentionCase(tuple(h for h, _ in lengths), tuple(c for _, c in lengths), num_heads=2, head_dim=4)
     inputs = make_inputs(case, torch.float64, seed=seed)
     inputs = dataclasses.replace(inputs, alpha=alpha, scaling_seqlen=scaling_seqlen)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocked, "BLOCK_ROWS", block_rows)
-        patch.setattr(blocked, "GROUPED_LENGTH", grouped_length)
+        patch.setattr(blocked, "GROUPED_SCORES", grouped_scores)
         patch.setattr(blocked, "GROUP_TOKENS", group_tokens)
         output = run(inputs, "blocked")
     expected, bound = oracle(inputs)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hstu_cli.kernels import append_to_pages, hstu_attention, hstu_paged_attention
-from hstu_cli.kernels.paged_attention import blocked
+from hstu_cli.kernels.attention import blocked as attention_blocked
 from hstu_cli.kernels.paged_attention.cases import PAGED_CASES, PagedCase, PagedInputs, make_paged_inputs
 
 IMPLEMENTATIONS = ("reference", "blocked")
@@ -97,7 +97,7 @@ def test_pages_beyond_the_cached_length_may_be_listed(impl: str) -> None:
 def test_grouping_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_paged_inputs(PAGED_CASES[4], torch.float64)
     together = run(inputs, "blocked")
-    monkeypatch.setattr(blocked, "GROUPED_PAGES", 1)
+    monkeypatch.setattr(attention_blocked, "GROUPED_SCORES", 0)
     torch.testing.assert_close(run(inputs, "blocked"), together, rtol=1e-12, atol=1e-14)
 
 

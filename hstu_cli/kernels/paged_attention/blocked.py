@@ -1,20 +1,16 @@
-"""Paged HSTU attention in plain torch: new tokens among themselves, plus each over its pages.
+"""Paged HSTU attention in plain torch: the pages of a sequence are gathered before its new tokens.
 
-SiLU attention has no normaliser, so the two parts just add. Pages are gathered head by head for a
-few sequences at a time, never padded to the longest of the batch.
+Gathering is head by head and for a few sequences at a time, never padded to the longest of the batch.
 """
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 
 from hstu_cli.kernels.attention import blocked
 
-# Shapes: G sequences, at most R new and m cached tokens each, P pages each, H heads, d head_dim.
-
-GROUPED_PAGES = 256
-"""The most pages that are gathered at a time for more than one sequence."""
+# Shapes: a group of G sequences padded to R new and m cached tokens, N = m + R, P pages each, H heads,
+# d head_dim.
 
 
 def attention(
@@ -31,43 +27,41 @@ def attention(
     scaling_seqlen: int,
 ) -> torch.Tensor:
     """See `hstu_paged_attention`."""
-    out = blocked.attention(q, k, v, offsets, num_candidates, alpha=alpha, scaling_seqlen=scaling_seqlen)
-    value_scale, output_scale = blocked.split_scale(scaling_seqlen, q.dtype)
-    new_rows = [slice(start, end) for start, end in pairwise(offsets)]
-    for group in _groups(page_tables, new_rows):
-        keys, values = _gather(pages, [page_tables[b] for b in group], [cached_lengths[b] for b in group])
-        rows = [new_rows[b] for b in group]
-        queries = blocked.pad(q, rows).transpose(0, 1).contiguous() * alpha  # [H, G, R, d]
-        partial = blocked.strip(queries, keys, blocked.scaled(values, value_scale))  # [H, G, R, d]
-        blocked.add_unpadded(out, rows, partial.transpose(0, 1), output_scale)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    rows = [slice(start, end) for start, end in pairwise(offsets)]
+    for group in blocked.groups_of_similar_size([r.stop - r.start for r in rows], cached_lengths):
+        new = [rows[b] for b in group]
+        lengths = [cached_lengths[b] for b in group]
+        keys, values = _keys_and_values(k, v, new, pages, [page_tables[b] for b in group], lengths)
+        blocked.attend(out, q, keys, values, new, [num_candidates[b] for b in group], alpha, scaling_seqlen)
     return out
 
 
-def _groups(page_tables: list[list[int]], new_rows: list[slice]) -> Iterator[list[int]]:
-    """Sequences with cached and new tokens, in groups of similar page counts."""
-    group: list[int] = []
-    for b in sorted(range(len(page_tables)), key=lambda b: len(page_tables[b])):
-        num_pages = len(page_tables[b])
-        if num_pages == 0 or new_rows[b].start == new_rows[b].stop:
-            continue
-        if group and (num_pages > 2 * len(page_tables[group[0]]) or (len(group) + 1) * num_pages > GROUPED_PAGES):
-            yield group
-            group = []
-        group.append(b)
-    if group:
-        yield group
-
-
-def _gather(
-    pages: torch.Tensor, page_tables: list[list[int]], cached_lengths: list[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cached keys and values of a group, each [H, G, m, d] contiguous, zero behind each one's end."""
+def _keys_and_values(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: list[slice],
+    pages: torch.Tensor,
+    page_tables: list[list[int]],
+    cached_lengths: list[int],
+) -> torch.Tensor:
+    """Cached and then new keys and values of a group, [2, H, G, N, d], zero between the two of each one."""
     _, _, page_size, num_heads, head_dim = pages.shape
-    most = max(map(len, page_tables))
-    ids = torch.tensor([table + table[:1] * (most - len(table)) for table in page_tables], device=pages.device)
-    # One copy both gathers and brings the heads to the front.
-    gathered = pages.permute(1, 3, 0, 2, 4).index_select(2, ids.flatten())  # [2, H, G * P, page_size, d]
-    cached = gathered.view(2, num_heads, len(page_tables), most * page_size, head_dim)
-    for g, length in enumerate(cached_lengths):
-        cached[:, :, g, length:].zero_()
-    return cached[0], cached[1]
+    num_new, most_pages = max(r.stop - r.start for r in rows), max(map(len, page_tables))
+    num_cached = max(*cached_lengths, most_pages * page_size - num_new)  # so that whole pages find room
+    both = pages.new_empty(2, num_heads, len(rows), num_cached + num_new, head_dim)
+    source, target = _as_words(pages).permute(1, 3, 0, 2, 4), _as_words(both)
+    for g, (table, length) in enumerate(zip(page_tables, cached_lengths, strict=True)):
+        if table:
+            room = target[:, :, g, : len(table) * page_size].unflatten(2, (len(table), page_size))
+            # One copy both gathers and brings the heads to the front.
+            torch.index_select(source, 2, torch.tensor(table, device=pages.device), out=room)
+        both[:, :, g, length:num_cached].zero_()
+    for new, x in zip(both[:, :, :, num_cached:], (k, v), strict=True):
+        blocked.pad(x, rows, out=new)
+    return both
+
+
+def _as_words(x: torch.Tensor) -> torch.Tensor:
+    """The same memory in elements of 8 bytes where its rows allow it: those are copied fastest."""
+    return x.view(torch.int64) if x.shape[-1] * x.element_size() % 8 == 0 else x
