@@ -3,7 +3,10 @@
 Only this file names `torch.cuda` and `torch.npu`.
 """
 
+import contextlib
 import importlib
+import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,9 +68,28 @@ class Backend:
         copy()
         return Event()
 
+    def device_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Zeroed memory of the device, for a large pool that lives long."""
+        return zeros_in_huge_pages(shape, dtype)
+
     def host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Zeroed memory of the host that copies to and from the device are fastest with."""
+        return zeros_in_huge_pages(shape, dtype)
+
+
+def zeros_in_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in host memory that is backed by huge pages where the system has them.
+
+    A large pool is touched a little at a time: with small pages the first touch costs more than the
+    copy itself, and later ones miss the table of address translations.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if not num_bytes:
         return torch.zeros(*shape, dtype=dtype)
+    memory = mmap.mmap(-1, num_bytes)
+    with contextlib.suppress(AttributeError, OSError):  # not on every system
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
 class StreamEvent(Event):
@@ -130,6 +152,10 @@ class StreamBackend(Backend):
             event = module.Event()
             event.record(self._copy_stream)
         return StreamEvent(event, module)
+
+    def device_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """See `Backend`."""
+        return torch.zeros(*shape, dtype=dtype, device=self.device)
 
     def host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """See `Backend`: pinned memory."""

@@ -65,7 +65,7 @@ class KVCacheManager:
         self.config, self.backend = config, backend
         self.counters = CacheCounters()
         shape = (2, config.page_size, model.num_heads, model.head_dim)
-        device_pages = torch.zeros(model.num_layers, config.num_pages, *shape, dtype=dtype, device=backend.device)
+        device_pages = backend.device_tensor((model.num_layers, config.num_pages, *shape), dtype)
         self.device, self.device_storage = Tier(config.num_pages), PageStorage(device_pages)
         self.page_bytes = config.page_size * kv_bytes_per_token(model, dtype)
         host_pages = config.host_bytes // self.page_bytes

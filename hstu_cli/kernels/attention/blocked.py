@@ -24,8 +24,8 @@ TRANSPOSED_ROWS = 256
 GROUPED_SCORES = 1 << 16
 """Sequences with at most this many scores a head run together, padded to the largest of their group."""
 
-SMALL_SCORES = 1 << 10
-"""Scores a head that cost nothing: padding by this much is never a waste."""
+FREE_SCORES = 1 << 15
+"""Scores a head that cost less than another group would: padding by this much is no waste."""
 
 GROUP_TOKENS = 8192
 """The most padded tokens of a group, which bounds its intermediates."""
@@ -137,11 +137,11 @@ def groups_of_similar_size(new_lengths: list[int], cached_lengths: list[int]) ->
     group: list[int] = []
     most_new = most_cached = scores = 0  # of the group: the padded lengths, and the scores that count
     numbers = [b for b, length in enumerate(new_lengths) if length]
-    for b in sorted(numbers, key=lambda b: (new_lengths[b] + cached_lengths[b], new_lengths[b])):
+    for b in sorted(numbers, key=lambda b: (new_lengths[b], cached_lengths[b])):
         new, cached = max(most_new, new_lengths[b]), max(most_cached, cached_lengths[b])
         own_scores = new_lengths[b] * (new_lengths[b] + cached_lengths[b])
         padded = (len(group) + 1) * (new + cached)
-        wasteful = padded * new > 2 * (scores + own_scores) + (len(group) + 1) * SMALL_SCORES
+        wasteful = padded * new > 1.25 * (scores + own_scores) + FREE_SCORES
         if group and (wasteful or padded > GROUP_TOKENS or own_scores > GROUPED_SCORES or new > BLOCK_ROWS):
             yield group
             group, scores = [], 0

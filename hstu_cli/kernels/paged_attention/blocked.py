@@ -47,15 +47,17 @@ def _keys_and_values(
 ) -> torch.Tensor:
     """Cached and then new keys and values of a group, [2, H, G, N, d], zero between the two of each one."""
     _, _, page_size, num_heads, head_dim = pages.shape
-    num_new, most_pages = max(r.stop - r.start for r in rows), max(map(len, page_tables))
-    num_cached = max(*cached_lengths, most_pages * page_size - num_new)  # so that whole pages find room
-    both = pages.new_empty(2, num_heads, len(rows), num_cached + num_new, head_dim)
-    source, target = _as_words(pages).permute(1, 3, 0, 2, 4), _as_words(both)
-    for g, (table, length) in enumerate(zip(page_tables, cached_lengths, strict=True)):
-        if table:
-            room = target[:, :, g, : len(table) * page_size].unflatten(2, (len(table), page_size))
-            # One copy both gathers and brings the heads to the front.
-            torch.index_select(source, 2, torch.tensor(table, device=pages.device), out=room)
+    num_new = max(r.stop - r.start for r in rows)
+    pages_each = -(-(max(cached_lengths) + num_new) // page_size)  # with room for the new tokens
+    num_cached = pages_each * page_size - num_new
+    if any(page_tables):
+        ids = torch.tensor([table + [0] * (pages_each - len(table)) for table in page_tables], device=pages.device)
+        # One copy both gathers and brings the heads to the front.
+        gathered = _as_words(pages).permute(1, 3, 0, 2, 4).index_select(2, ids.flatten())
+        both = gathered.view(pages.dtype).view(2, num_heads, len(rows), -1, head_dim)
+    else:
+        both = pages.new_empty(2, num_heads, len(rows), num_cached + num_new, head_dim)
+    for g, length in enumerate(cached_lengths):
         both[:, :, g, length:num_cached].zero_()
     for new, x in zip(both[:, :, :, num_cached:], (k, v), strict=True):
         blocked.pad(x, rows, out=new)
