@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import math
 import mmap
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,13 @@ from typing import Any
 import torch
 
 from hstu_cli.errors import UnavailableError, UsageError
-from hstu_cli.hardware import HARDWARE_PRESETS, HardwarePreset, cpu_name, physical_memory_bytes
+from hstu_cli.hardware import (
+    HARDWARE_PRESETS,
+    HardwarePreset,
+    available_memory_bytes,
+    cpu_name,
+    physical_memory_bytes,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,6 +34,37 @@ class Event:
 
     def synchronize(self) -> None:
         """Block this thread until the moment has passed."""
+
+
+class WallTimer:
+    """A stretch of time by the clock on the wall; begins when it is made."""
+
+    def __init__(self) -> None:
+        self._start = self._end = time.perf_counter()
+
+    def stop(self) -> None:
+        """End of the stretch."""
+        self._end = time.perf_counter()
+
+    def elapsed_ms(self) -> float:
+        """Its length."""
+        return (self._end - self._start) * 1e3
+
+
+class StreamTimer:
+    """A stretch of a device's compute stream, between two of its events; begins when it is made."""
+
+    def __init__(self, device_module: Any) -> None:
+        self._start, self._end = (device_module.Event(enable_timing=True) for _ in range(2))
+        self._start.record()
+
+    def stop(self) -> None:
+        """End of the stretch."""
+        self._end.record()
+
+    def elapsed_ms(self) -> float:
+        """Its length, once the device is synchronised."""
+        return self._start.elapsed_time(self._end)
 
 
 class Backend:
@@ -60,8 +98,21 @@ class Backend:
         """The device's memory."""
         return physical_memory_bytes()
 
+    @property
+    def available_memory_bytes(self) -> int:
+        """What of it a new tensor may take."""
+        return available_memory_bytes()
+
     def synchronize(self) -> None:
         """Wait until all queued work is done."""
+
+    def why_no_graphs(self) -> str | None:
+        """Why work cannot be captured once and replayed as a graph; None where it can."""
+        return "a CPU has no graphs to replay"
+
+    def start_timer(self) -> "WallTimer | StreamTimer":
+        """Begin to time the work that is queued from now on."""
+        return WallTimer()
 
     def submit_copy(self, copy: Callable[[], None]) -> Event:
         """Run tensor copies beside the compute work, behind what is queued of either; return their end."""
@@ -137,9 +188,22 @@ class StreamBackend(Backend):
         """See `Backend`."""
         return self.module().get_device_properties(self.device.index).total_memory
 
+    @property
+    def available_memory_bytes(self) -> int:
+        """See `Backend`."""
+        return self.module().mem_get_info(self.device.index)[0]
+
     def synchronize(self) -> None:
         """See `Backend`."""
         self.module().synchronize(self.device.index)
+
+    def why_no_graphs(self) -> str | None:
+        """See `Backend`."""
+        return f"no graph runner for {self.type} in this version"
+
+    def start_timer(self) -> StreamTimer:
+        """See `Backend`: device events."""
+        return StreamTimer(self.module())
 
     def submit_copy(self, copy: Callable[[], None]) -> Event:
         """See `Backend`: the copies run on one side stream, in order."""

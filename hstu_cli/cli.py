@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from hstu_cli import __version__
-from hstu_cli.commands import env, infer, preprocess
+from hstu_cli.commands import bench_e2e, bench_layer, compare, env, infer, preprocess
 from hstu_cli.commands.options import command
 
 
@@ -43,4 +43,7 @@ preprocess_app = typer.Typer(no_args_is_help=True, help="Turn raw logs into sequ
 preprocess_app.command("kuairand", epilog=preprocess.EXAMPLE)(command(preprocess.kuairand))
 app.add_typer(preprocess_app, name="preprocess")
 app.command("infer", epilog=infer.EXAMPLE)(command(infer.infer))
+app.command("bench-layer", epilog=bench_layer.EXAMPLE)(command(bench_layer.bench_layer))
+app.command("bench-e2e", epilog=bench_e2e.EXAMPLE)(command(bench_e2e.bench_e2e))
+app.command("compare", epilog=compare.EXAMPLE)(command(compare.compare))
 app.command("env", epilog=env.EXAMPLE)(command(env.env))

@@ -54,3 +54,13 @@ def cpu_name() -> str:
 def physical_memory_bytes() -> int:
     """Main memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_memory_bytes() -> int:
+    """Main memory that a process can have without swapping, in bytes; all of it where the system does not tell."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return physical_memory_bytes()

@@ -36,6 +36,10 @@ PACKAGES = (
 """Packages whose versions a record carries (null where they are not installed)."""
 
 
+FILE_WIDTH = 132
+"""Columns of tables that go into a file or a pipe."""
+
+
 class Reporter:
     """One command's output: tables and JSON to stdout, everything else to stderr.
 
@@ -52,6 +56,8 @@ class Reporter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.out = Console(highlight=False)
+        if not self.out.is_terminal:
+            self.out.width = FILE_WIDTH
         self.err = Console(stderr=True, highlight=False)
         self.json_only = json_only
         self.output_json = output_json
@@ -110,7 +116,7 @@ class Reporter:
             raise RunError(f"The result cannot be written to stdout: {error.strerror}.") from error
 
     def _write(self, tables: list[Table]) -> None:
-        record = _plain(self.record)
+        record = plain(self.record)
         if self.output_json is not None:
             _write_whole(self.output_json, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         if self.json_only:
@@ -215,12 +221,12 @@ def _git_commit() -> str | None:
         return None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON-ready: tuples as lists, paths and enums as strings, NaN and infinities as null."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)

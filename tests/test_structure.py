@@ -18,7 +18,7 @@ ROOT_MODULES = {"config", "errors", "hardware", "timing"}
 MAY_IMPORT = {
     "__main__": {"cli"},
     "cli": {"commands"},
-    "commands": {"bench", "model", "kvcache", "kernels", "backend", "data", "report"},
+    "commands": {"charts", "bench", "model", "kvcache", "kernels", "backend", "data", "report"},
     "bench": {"model", "kvcache", "kernels", "backend", "data", "report"},
     "model": {"kvcache", "kernels", "backend"},
     "kvcache": {"kernels", "backend"},
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "backend": set(),
     "data": set(),
     "report": set(),
+    "charts": {"report"},
     "config": set(),
     "errors": set(),
     "hardware": set(),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hstu_cli.bench.session import wider
 from hstu_cli.model.engine import InferenceEngine
 from hstu_cli.model.tokens import UserRequest
 
@@ -31,7 +32,7 @@ class CacheVerifier:
     _wide_engine: InferenceEngine = field(init=False)
 
     def __post_init__(self) -> None:
-        model = copy.deepcopy(self.engine.model).to("cpu", _wider(self.engine.model.dtype))
+        model = copy.deepcopy(self.engine.model).to("cpu", wider(self.engine.model.dtype))
         self._wide_engine = InferenceEngine(model, self.engine.impl)
 
     def check(self, request_id: int, request: UserRequest, cached: np.ndarray) -> None:
@@ -76,7 +77,3 @@ class CacheVerifier:
             "worst_request_id": self.worst_request_id,
             "budget": self.budget,
         }
-
-
-def _wider(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float32 else torch.float32

@@ -79,40 +79,37 @@ def infer(
         raise UsageError("--predictions-out and --output-json name the same file.")
     if not kv_cache and (num_pages or host_cache_gb or verify_cache):
         raise UsageError("--num-pages, --host-cache-gb and --verify-cache need the cache: drop --no-kv-cache.")
-    from hstu_cli.backend import DTYPES, open_device, resolve_dtype
     from hstu_cli.bench.replay import Replay
     from hstu_cli.bench.requests import RequestSource
     from hstu_cli.bench.setup import CacheOptions, build_cache, random_model_for
+    from hstu_cli.commands.opening import open_run
     from hstu_cli.config import DEFAULT_PRESET, MODEL_PRESETS, resolve_model_config
     from hstu_cli.data.predictions import PredictionsWriter, check_writable
-    from hstu_cli.kernels.dispatch import choose_impl
     from hstu_cli.model import load_checkpoint
     from hstu_cli.model.engine import InferenceEngine
-    from hstu_cli.report import Reporter, environment, parse_metadata
 
     if predictions_out is not None:
         check_writable(predictions_out)
-    choice = open_device(device, require=require_device)
-    backend = choice.backend
-    dtype_name = resolve_dtype(dtype, backend)
-    implementation = choose_impl(impl, backend.type)
     model_config = resolve_model_config(config) if config is not None else None
-    reporter = Reporter(
+    opened = open_run(
         "infer",
         args,
+        device=device,
+        require_device=require_device,
+        dtype=dtype,
+        impl=impl,
         json_only=format is options.OutputFormat.json,
         output_json=output_json,
-        metadata=parse_metadata(metadata or []),
+        metadata=metadata,
     )
-    if choice.warning:
-        reporter.warn(choice.warning)
+    reporter, backend = opened.reporter, opened.backend
     prepared = _open_dataset(dataset, data_root, reporter)
     if checkpoint is not None:
         model = load_checkpoint(checkpoint, config=model_config)
     else:
         model = random_model_for(prepared, model_config or MODEL_PRESETS[DEFAULT_PRESET], backend, seed)
         reporter.warn("No --checkpoint: the weights are random, so expect an AUC of about 0.5.")
-    model = model.to(device=backend.device, dtype=DTYPES[dtype_name])
+    model = model.to(device=backend.device, dtype=opened.dtype)
     limit = None if steps is None else steps * batch_size
     source = RequestSource(prepared, model.config, from_ms=from_ms, until_ms=until_ms, limit=limit)
     cache = None
@@ -121,7 +118,7 @@ def infer(
         sizes = CacheOptions(page_size, num_pages, host_bytes, verify_host=verify_cache is not None)
         cache = build_cache(source, model.config, model.dtype, backend, sizes)
     replay = Replay(
-        InferenceEngine(model, implementation.name, cache),
+        InferenceEngine(model, opened.impl.name, cache),
         source,
         backend,
         batch_size=batch_size,
@@ -131,15 +128,6 @@ def infer(
     )
 
     reporter.record |= {
-        "env": environment(backend.device_name, backend.memory_bytes),
-        "device": {
-            "requested": choice.requested,
-            "actual": str(backend.device),
-            "name": backend.device_name,
-            "dtype": dtype_name,
-            "impl": implementation.name,
-            "impl_reason": implementation.reason,
-        },
         "dataset": {"name": prepared.name, "path": str(prepared.path)},
         "model": model.config.to_dict() | {"weights": "checkpoint" if checkpoint else "random"},
     }

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable
 from datetime import datetime
 from enum import StrEnum
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,14 @@ DataRoot = Annotated[
     Path | None,
     typer.Option(help="Folder of prepared data; else $HSTU_HOME, ./tmp_data if it holds some, or your cache folder."),
 ]
+Warmup = Annotated[int, typer.Option("--num-iters-warmup", min=0, help="Rounds before the timed ones.")]
+Iterations = Annotated[int, typer.Option("--num-iters", min=1, help="Timed rounds; all cases take turns in each.")]
+Profile = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Also write traces here, for Perfetto or chrome://tracing.")
+]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the result: .png, .svg or .html.")]
+Full = Annotated[bool, typer.Option("--full", help="Run everything, however long it takes on a CPU.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the cases with FLOPs, bytes and memory; run none.")]
 Format = Annotated[OutputFormat, typer.Option(help="rich: tables, then the JSON summary; json: one JSON object.")]
 OutputJson = Annotated[Path | None, typer.Option(help="Also write the whole JSON record to this file.")]
 Metadata = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Put this into the record; repeatable.")]
@@ -62,6 +71,34 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(EXIT_INTERRUPTED) from interrupt
 
     return run
+
+
+def parse_counts(option: str, text: str, *, least: int) -> tuple[int, ...]:
+    """A comma-separated list of whole numbers, in order and once each; UsageError below `least`."""
+    try:
+        values = [int(item) for item in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{option} takes whole numbers separated by commas, not {text!r}.") from error
+    for value in values:
+        if value < least:
+            raise UsageError(f"{option} takes numbers from {least}, not {value}.")
+    return tuple(dict.fromkeys(values))
+
+
+def parse_shares(option: str, text: str) -> tuple[int | Fraction, ...]:
+    """A comma-separated list of whole numbers and of shares such as 31/32; UsageError for anything else."""
+    values: list[int | Fraction] = []
+    for item in text.split(","):
+        try:
+            value = Fraction(item.strip()) if "/" in item else int(item)
+        except (ValueError, ZeroDivisionError) as error:
+            raise UsageError(
+                f"{option} takes tokens or shares such as 31/32, separated by commas, not {text!r}."
+            ) from error
+        if value < 0 or (isinstance(value, Fraction) and value > 1):
+            raise UsageError(f"{option} takes tokens from 0 or shares from 0 to 1, not {item.strip()}.")
+        values.append(value)
+    return tuple(dict.fromkeys(values))
 
 
 def parse_date(option: str, text: str | None) -> int | None:

@@ -174,6 +174,12 @@ class KVCacheManager:
         if self.host:
             self.host.let_go(batch.host_hold)
 
+    def clear(self) -> None:
+        """Forget every user, between batches; the counters go on."""
+        for tier in (self.device, self.host):
+            for user in list(tier.users()) if tier else []:
+                tier.drop(user)
+
     def summary(self) -> dict[str, Any]:
         """Counters, hit rate and page counts, named as in the JSON record."""
         counters = self.counters

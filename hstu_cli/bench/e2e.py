@@ -1,0 +1,234 @@
+"""`bench-e2e`: whole requests of users whose histories grow, embedding to logits, with and without the cache."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from hstu_cli.bench.published import published_e2e_ms
+from hstu_cli.bench.session import BenchSession, Progress, relative_error, wider
+from hstu_cli.config import ModelConfig
+from hstu_cli.errors import UsageError
+from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
+from hstu_cli.model.cost import SequenceShape, activation_bytes, block_bytes, block_flops, block_parameters
+from hstu_cli.model.engine import InferenceEngine
+from hstu_cli.model.ranking import RankingModel, random_model
+from hstu_cli.model.tokens import UserRequest
+from hstu_cli.timing import Case, latency_summary, paired_ratio
+
+BASELINE, KVCACHE, GRAPH = VARIANTS = ("baseline", "kvcache", "kvcache+graph")
+
+NUM_ITEMS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class GrowingUsers:
+    """The workload: in batch i every user comes with (i + 1) * history_step tokens of history."""
+
+    num_users: int
+    history_step: int
+    num_batches: int
+    num_candidates: int
+
+    def check(self, config: ModelConfig) -> None:
+        """UsageError where the model's window or the tokens of an event do not allow it."""
+        if self.history_step % 2:
+            raise UsageError(f"--history-step {self.history_step}: an event is two tokens, so the step must be even.")
+        events = self.history_step // 2 * self.num_batches
+        if events > config.max_history:
+            raise UsageError(
+                f"--history-step {self.history_step} x --num-batches {self.num_batches} grows to {events:,} events, "
+                f"beyond the model's window of {config.max_history:,} (max_history)."
+            )
+
+    def requests(self, config: ModelConfig, seed: int) -> list[list[UserRequest]]:
+        """The requests of each batch."""
+        rng = np.random.default_rng(seed)
+        events = self.history_step // 2
+        shape = (self.num_users, events * self.num_batches)
+        videos, actions = rng.integers(0, NUM_ITEMS, shape), rng.integers(0, 256, shape)
+        candidates = rng.integers(0, NUM_ITEMS, (self.num_batches, self.num_users, self.num_candidates))
+        context = np.zeros(config.num_context_tokens, np.int64)
+        return [
+            [
+                UserRequest(u, context, videos[u, :n], actions[u, :n], candidates[batch, u])
+                for u in range(self.num_users)
+            ]
+            for batch, n in enumerate(range(events, shape[1] + 1, events))
+        ]
+
+    def shapes(self, config: ModelConfig, *, cached: bool) -> list[list[SequenceShape]]:
+        """The sequences of each batch, where the history of the one before is cached or nothing is."""
+        lengths = [config.num_context_tokens + self.history_step * (i + 1) for i in range(self.num_batches)]
+        known = [0, *lengths[:-1]] if cached else [0] * self.num_batches
+        return [
+            [SequenceShape(n, m, self.num_candidates)] * self.num_users for n, m in zip(lengths, known, strict=True)
+        ]
+
+    def cost(self, config: ModelConfig, itemsize: int, *, cached: bool) -> tuple[int, int]:
+        """FLOPs and bytes of the block over all batches."""
+        batches = self.shapes(config, cached=cached)
+        flops = sum(block_flops(config, shapes) for shapes in batches)
+        return flops, sum(block_bytes(config, shapes, itemsize, stored=cached) for shapes in batches)
+
+    def pages(self, config: ModelConfig, page_size: int) -> int:
+        """Pages that hold all users' histories."""
+        tokens = config.num_context_tokens + self.history_step * self.num_batches
+        return self.num_users * -(-tokens // page_size)
+
+    def memory_bytes(self, config: ModelConfig, itemsize: int, page_size: int) -> int:
+        """About what the run needs at a time: weights twice (one copy is exact), pages, intermediates."""
+        pages = self.pages(config, page_size) * page_size * config.num_layers * 2 * config.attention_dim
+        tables = (NUM_ITEMS + config.position_buckets) * config.hidden_dim
+        largest = self.shapes(config, cached=False)[-1]
+        return (
+            (itemsize + max(4, 2 * itemsize)) * (block_parameters(config) + tables)
+            + itemsize * pages
+            + 2 * activation_bytes(config, largest, itemsize, dense=False)
+        )
+
+
+@dataclass
+class _Variant:
+    """One way to run the workload; `logits` holds what each batch gave the last time."""
+
+    name: str
+    engine: InferenceEngine
+    logits: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def step(self, index: int, requests: Sequence[UserRequest]) -> None:
+        self.logits[index] = self.engine.step(requests).logits
+
+    def forget(self) -> None:
+        """Begin anew: nobody is cached."""
+        if self.engine.cache is not None:
+            self.engine.cache.clear()
+
+
+def benchmark_model(config: ModelConfig, seed: int) -> RankingModel:
+    """Random weights, 10,000 items, one row for each contextual feature; float32 on the CPU."""
+    return random_model(config, {}, {**dict.fromkeys(config.contextual_features, 1), "video_id": NUM_ITEMS}, seed=seed)
+
+
+def run_e2e_benchmark(
+    session: BenchSession,
+    config: ModelConfig,
+    workloads: Sequence[GrowingUsers],
+    variants: Sequence[str],
+    *,
+    impl: str,
+    page_size: int,
+    seed: int,
+    embedding: str,
+    preset: str | None,
+    on_group: Progress = lambda done, total: None,
+) -> Iterator[dict[str, Any]]:
+    """Time the variants of each workload in turn and yield their rows. preset: whose published figures to add."""
+    model = benchmark_model(config, seed)
+    exact = InferenceEngine(copy.deepcopy(model).to(wider(session.dtype)), impl)
+    model = model.to(session.backend.device, session.dtype)
+    for done, workload in enumerate(workloads):
+        on_group(done, len(workloads))
+        lacking = session.memory_lacking(workload.memory_bytes(config, session.dtype.itemsize, page_size))
+        reasons = {name: lacking or _why_not(session, name) for name in variants}
+        runs = []
+        for name in dict.fromkeys((BASELINE, *variants)):  # the baseline is what the others are compared with
+            if reasons.get(name, lacking) is None:
+                pool = KVCacheConfig(workload.pages(config, page_size), page_size)
+                cache = KVCacheManager(pool, config, session.dtype, session.backend) if name != BASELINE else None
+                runs.append(_Variant(name, InferenceEngine(model, impl, cache)))
+        measured = _measured(session, workload, runs, config, exact, seed) if runs else {}
+        for name in variants:
+            row = {
+                "batch_size": workload.num_users,
+                "num_users": workload.num_users,
+                "variant": name,
+                "embedding": embedding,
+                "impl": impl,
+            }
+            published = published_e2e_ms(
+                preset,
+                workload.num_users,
+                name,
+                workload.history_step,
+                workload.num_batches,
+                workload.num_candidates,
+            )
+            yield row | (measured.get(name) or {"skipped": reasons[name]}) | {"published_ms": published}
+    on_group(len(workloads), len(workloads))
+
+
+def dry_rows(
+    workloads: Sequence[GrowingUsers], variants: Sequence[str], config: ModelConfig, itemsize: int, page_size: int
+) -> Iterator[dict[str, Any]]:
+    """The cases of a run and what they would cost."""
+    for workload in workloads:
+        for name in variants:
+            flops, num_bytes = workload.cost(config, itemsize, cached=name != BASELINE)
+            yield {
+                "num_users": workload.num_users,
+                "variant": name,
+                "flops": flops,
+                "bytes": num_bytes,
+                "memory_bytes": workload.memory_bytes(config, itemsize, page_size),
+                "speedup_limit": workload.cost(config, itemsize, cached=False)[0] / flops,
+            }
+
+
+def _measured(
+    session: BenchSession,
+    workload: GrowingUsers,
+    runs: Sequence[_Variant],
+    config: ModelConfig,
+    exact: InferenceEngine,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Time the variants, then compare what they computed in the timed run."""
+    batches = workload.requests(config, seed)
+    cases = [
+        Case(run.name, [partial(run.step, i, requests) for i, requests in enumerate(batches)], run.forget)
+        for run in runs
+    ]
+    group = f"{workload.num_users} users"
+    samples = session.measure(group, cases)
+    base = runs[0]
+    budget = 2 * (_rounding(base, batches, exact) + torch.finfo(session.dtype).eps)
+    base_flops, base_bytes = workload.cost(config, session.dtype.itemsize, cached=False)
+    measured = {}
+    for run in runs:
+        pairs = [(run.logits[i], base.logits[i]) for i in range(len(batches))]
+        errors = [relative_error(torch.from_numpy(own), torch.from_numpy(expected)) for own, expected in pairs]
+        session.check(f"{group}, {run.name}", max(errors), budget)
+        flops, num_bytes = workload.cost(config, session.dtype.itemsize, cached=run.name != BASELINE)
+        rates = session.rates(samples[run.name], flops, num_bytes)
+        least = session.ceilings.least_ms
+        measured[run.name] = {
+            "total_ms": rates["latency_ms"]["p50"],
+            **rates,
+            "latency_ms": latency_summary(samples[run.name]),
+            "total_latency_ms": rates["latency_ms"],
+            "speedup_vs_baseline": paired_ratio(samples[BASELINE], samples[run.name]),
+            "speedup_limit": base_flops / flops,
+            "speedup_limit_roofline": least(base_flops, base_bytes) / least(flops, num_bytes),
+            "max_abs_logit_difference": max(float(np.abs(own - expected).max()) for own, expected in pairs),
+        }
+    return measured
+
+
+def _rounding(base: _Variant, batches: Sequence[Sequence[UserRequest]], exact: InferenceEngine) -> float:
+    """The worse relative error of the first user's first and last logits, against the next wider dtype."""
+    errors = []
+    for index in (0, len(batches) - 1):
+        request = batches[index][0]
+        own = base.logits[index][: len(request.candidates)]
+        errors.append(relative_error(torch.from_numpy(own), torch.from_numpy(exact.step([request]).logits)))
+    return max(errors)
+
+
+def _why_not(session: BenchSession, variant: str) -> str | None:
+    """Why a variant cannot run here, or None."""
+    return session.backend.why_no_graphs() if variant == GRAPH else None

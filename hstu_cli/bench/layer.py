@@ -1,0 +1,248 @@
+"""`bench-layer`: the block over history, cached tokens, candidates and batch size, against recomputing."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import torch
+
+from hstu_cli.bench.block import BlockWorkload, random_block
+from hstu_cli.bench.published import published_layer
+from hstu_cli.bench.session import BenchSession, Progress, relative_error
+from hstu_cli.config import ModelConfig
+from hstu_cli.errors import UsageError
+from hstu_cli.model.cost import SequenceShape, activation_bytes, block_bytes, block_flops, block_parameters
+from hstu_cli.timing import Case, paired_ratio
+
+EAGER = "eager"
+"""The plain PyTorch composition as a peer: the reference implementation of every operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGrid:
+    """The cases of a run: every combination. `cached` holds tokens or shares of the history."""
+
+    histories: tuple[int, ...]
+    cached: tuple[int | Fraction, ...]
+    candidates: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
+    from_host: bool = False
+    compare_eager: bool = False
+
+    def groups(self) -> list["LayerGroup"]:
+        """The cases to compare with one another, group by group; UsageError for one that cannot be."""
+        return [
+            LayerGroup(batch, history, candidates, self._cached_lengths(history, candidates))
+            for candidates in self.candidates
+            for batch in self.batch_sizes
+            for history in self.histories
+        ]
+
+    def _cached_lengths(self, history: int, candidates: int) -> tuple[int, ...]:
+        """Cached tokens of the group, ascending; 0 always, it is what the others are compared with."""
+        lengths = {0}
+        for cached in self.cached:
+            length = int(cached * history) if isinstance(cached, Fraction) else cached
+            if length > history:
+                raise UsageError(f"--cached {cached} is more than --history {history}.")
+            if length == history and not candidates:
+                raise UsageError(f"--cached {cached} of --history {history} leaves nothing to compute.")
+            lengths.add(length)
+        return tuple(sorted(lengths))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Cases that differ in their cached tokens alone: they run in turn and are compared with the first."""
+
+    batch_size: int
+    history: int
+    candidates: int
+    cached: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """As warnings and traces call it."""
+        return f"batch {self.batch_size}, history {self.history}, candidates {self.candidates}"
+
+    def shapes(self, num_cached: int) -> list[SequenceShape]:
+        """The sequences of one case."""
+        return [SequenceShape(self.history, num_cached, self.candidates)] * self.batch_size
+
+    def cost(self, config: ModelConfig, num_cached: int, itemsize: int) -> tuple[int, int]:
+        """FLOPs and bytes of one case."""
+        shapes = self.shapes(num_cached)
+        return block_flops(config, shapes), block_bytes(config, shapes, itemsize, stored=num_cached > 0)
+
+    def memory_bytes(self, config: ModelConfig, itemsize: int, page_size: int, *, dense: bool, from_host: bool) -> int:
+        """About what the group needs at a time: weights, inputs and outputs, pages, intermediates."""
+        tokens = self.batch_size * (self.history + self.candidates)
+        pages = self.batch_size * -(-self.history // page_size) * page_size * config.num_layers * 2
+        exact_weights = block_parameters(config) * max(4, 2 * itemsize)
+        return (
+            itemsize * (block_parameters(config) + 4 * tokens * config.hidden_dim)
+            + exact_weights
+            + itemsize * pages * config.attention_dim * (2 if from_host else 1)
+            + 2 * activation_bytes(config, self.shapes(0), itemsize, dense=dense)
+        )
+
+
+def scaled_grid(grid: LayerGrid, free: set[str], seconds: float, estimate: Callable[[LayerGroup], float]) -> LayerGrid:
+    """The grid without its largest batch sizes, then histories, until its estimated time fits into `seconds`.
+
+    free: names of the fields that may shrink, those that the user did not choose.
+    """
+    for name in ("batch_sizes", "histories", "candidates"):
+        while name in free and len(getattr(grid, name)) > 1 and sum(map(estimate, grid.groups())) > seconds:
+            grid = replace(grid, **{name: tuple(sorted(getattr(grid, name))[:-1])})
+    return grid
+
+
+def run_layer_benchmark(
+    session: BenchSession,
+    config: ModelConfig,
+    grid: LayerGrid,
+    *,
+    impl: str,
+    page_size: int,
+    seed: int,
+    preset: str | None,
+    on_group: Progress = lambda done, total: None,
+) -> Iterator[dict[str, Any]]:
+    """Time every case and yield its row as soon as its group is done. preset: whose published figures to add."""
+    block = random_block(config, session.backend, session.dtype, seed)
+    groups = grid.groups()
+    for done, group in enumerate(groups):
+        on_group(done, len(groups))
+        impls = []
+        for name in (impl, EAGER) if grid.compare_eager else (impl,):
+            needed = group.memory_bytes(
+                config, session.dtype.itemsize, page_size, dense=name == EAGER, from_host=grid.from_host
+            )
+            lacking = session.memory_lacking(needed)
+            if lacking is None:
+                impls.append(name)
+            else:
+                yield from (_row(group, c, grid, name) | {"skipped": lacking} for c in group.cached)
+        if impl in impls:
+            workload = BlockWorkload(
+                block,
+                config,
+                session.backend,
+                batch_size=group.batch_size,
+                num_history=group.history,
+                num_candidates=group.candidates,
+                page_size=page_size,
+                seed=seed,
+            )
+            yield from _measured_rows(session, grid, group, workload, impls, preset)
+    on_group(len(groups), len(groups))
+
+
+def dry_rows(
+    grid: LayerGrid, config: ModelConfig, itemsize: int, *, impl: str, page_size: int
+) -> Iterator[dict[str, Any]]:
+    """The cases of a grid and what they would cost; memory is that of the case's group."""
+    for group in grid.groups():
+        for name in (impl, EAGER) if grid.compare_eager else (impl,):
+            memory = group.memory_bytes(config, itemsize, page_size, dense=name == EAGER, from_host=grid.from_host)
+            for num_cached in group.cached:
+                flops, num_bytes = group.cost(config, num_cached, itemsize)
+                yield _row(group, num_cached, grid, name) | {
+                    "flops": flops,
+                    "bytes": num_bytes,
+                    "memory_bytes": memory,
+                    "speedup_limit": group.cost(config, 0, itemsize)[0] / flops,
+                }
+
+
+def _measured_rows(
+    session: BenchSession,
+    grid: LayerGrid,
+    group: LayerGroup,
+    workload: BlockWorkload,
+    impls: Sequence[str],
+    preset: str | None,
+) -> list[dict[str, Any]]:
+    """Check and time the cases of one group; the first of `impls` is ours."""
+    config, itemsize = workload.config, session.dtype.itemsize
+    keys = [(name, num_cached) for name in impls for num_cached in group.cached]
+    runs = {key: _runner(workload, *key, from_host=grid.from_host) for key in keys}
+    errors = _checked(session, grid, group, workload, runs)
+    samples = session.measure(group.name, [Case(_case_name(*key), [run]) for key, run in runs.items()])
+    rows = []
+    for name, num_cached in keys:
+        own, base = samples[_case_name(name, num_cached)], samples[_case_name(name, 0)]
+        flops, num_bytes = group.cost(config, num_cached, itemsize)
+        base_flops, base_bytes = group.cost(config, 0, itemsize)
+        ceilings = session.ceilings
+        published = published_layer(preset, group.history, num_cached, group.candidates, group.batch_size)
+        rows.append(
+            _row(group, num_cached, grid, name)
+            | session.rates(own, flops, num_bytes)
+            | {
+                "speedup_vs_uncached": paired_ratio(base, own),
+                "speedup_limit": base_flops / flops,
+                "speedup_limit_roofline": ceilings.least_ms(base_flops, base_bytes)
+                / ceilings.least_ms(flops, num_bytes),
+                "output_error": errors[name, num_cached],
+                "published_ms": published.latency_ms,
+                "published_speedup": published.speedup,
+            }
+        )
+    return rows
+
+
+def _checked(
+    session: BenchSession,
+    grid: LayerGrid,
+    group: LayerGroup,
+    workload: BlockWorkload,
+    runs: dict[tuple[str, int], Callable[[], torch.Tensor]],
+) -> dict[tuple[str, int], float]:
+    """Relative error of each case against the uncached result; that one's own against a wider dtype.
+
+    A case may be off by twice what the uncached result is, and rounding. Fills the pages.
+    """
+    ours = next(iter(runs))[0]
+    everything = workload.new_tokens(0)
+    rows_of = (group.batch_size, group.history + group.candidates, -1)
+    uncached = workload.uncached(everything, ours).view(rows_of)  # [B, n + c, D]
+    rounding = relative_error(uncached[0], workload.exact_first(ours))
+    budget = 2 * (rounding + torch.finfo(session.dtype).eps)
+    workload.cached(everything, 0, ours)
+    if grid.from_host:
+        workload.copy_to_host()
+    errors = {}
+    for (name, num_cached), run in runs.items():
+        error = relative_error(run(), uncached[:, num_cached:].flatten(0, 1))
+        session.check(f"{group.name}, {_case_name(name, num_cached)}", error, budget)
+        errors[name, num_cached] = rounding if (name, num_cached) == (ours, 0) else error
+    return errors
+
+
+def _runner(workload: BlockWorkload, name: str, num_cached: int, *, from_host: bool) -> Callable[[], torch.Tensor]:
+    """What is timed: one pass of the block over the tokens that are not cached."""
+    impl = "reference" if name == EAGER else name
+    tokens = workload.new_tokens(num_cached)
+    if not num_cached:
+        return partial(workload.uncached, tokens, impl)
+    return partial(workload.cached, tokens, num_cached, impl, from_host=from_host)
+
+
+def _case_name(name: str, num_cached: int) -> str:
+    return f"{name}, cached {num_cached}"
+
+
+def _row(group: LayerGroup, num_cached: int, grid: LayerGrid, impl: str) -> dict[str, Any]:
+    """What names a row."""
+    return {
+        "batch_size": group.batch_size,
+        "history_length": group.history,
+        "cached_length": num_cached,
+        "num_candidates": group.candidates,
+        "cache_tier": ("host" if grid.from_host else "device") if num_cached else None,
+        "impl": impl,
+    }

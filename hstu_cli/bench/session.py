@@ -1,0 +1,105 @@
+"""What one run of a benchmark shares: the device, its ceilings, how often, and what went wrong."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import profile, record_function
+
+from hstu_cli.backend import Backend
+from hstu_cli.bench.ceilings import Ceilings
+from hstu_cli.errors import RunError
+from hstu_cli.timing import Case, CpuWatch, latency_summary, measure, noise_warnings
+
+MEMORY_SHARE = 0.8
+"""Share of the available memory that a case may take by its estimate."""
+
+
+@dataclass
+class BenchSession:
+    """The settings of a run, and the samples and failures that its cases leave behind.
+
+    profile_dir: a trace of one more round of each group
+    of cases goes there.
+    """
+
+    backend: Backend
+    dtype: torch.dtype
+    ceilings: Ceilings
+    warmup: int
+    iterations: int
+    profile_dir: Path | None = None
+    failures: list[str] = field(default_factory=list)
+    _samples: dict[str, np.ndarray] = field(default_factory=dict)
+    _watch: CpuWatch = field(default_factory=CpuWatch)
+
+    def measure(self, group: str, cases: Sequence[Case]) -> dict[str, np.ndarray]:
+        """Milliseconds of each case, float64 [iterations, steps]; see `hstu_cli.timing.measure`."""
+        samples = measure(cases, self.backend, warmup=self.warmup, iterations=self.iterations)
+        self._samples |= {f"{group}, {name}": values for name, values in samples.items()}
+        if self.profile_dir is not None:
+            self._trace(group, cases)
+        return samples
+
+    def rates(self, samples_ms: np.ndarray, flops: float, num_bytes: float) -> dict[str, Any]:
+        """`latency_ms, tflops, roofline_fraction` of a case with samples [iterations, steps], summed over its steps."""
+        latency = latency_summary(samples_ms.sum(axis=-1))
+        return {
+            "latency_ms": latency,
+            "tflops": flops / latency["p50"] * 1e-9,
+            "roofline_fraction": self.ceilings.least_ms(flops, num_bytes) / latency["p50"],
+        }
+
+    def memory_lacking(self, num_bytes: float) -> str | None:
+        """Why a case of so many bytes is left out, or None where it fits."""
+        available = self.backend.available_memory_bytes
+        if num_bytes <= MEMORY_SHARE * available:
+            return None
+        return f"needs about {num_bytes / 1e9:,.1f} GB, {available / 1e9:,.1f} GB are available"
+
+    def check(self, what: str, error: float, budget: float) -> None:
+        """Note a case whose output is off by more than it may be, or not finite."""
+        if not error <= budget:
+            self.failures.append(f"{what}: output error {error:.3g} is beyond the budget {budget:.3g}")
+
+    def warnings(self) -> list[str]:
+        """What readers must know about the noise of all cases so far."""
+        return noise_warnings(self._samples) + self._watch.warnings()
+
+    def raise_failures(self) -> None:
+        """RunError where the output of a case was wrong."""
+        if self.failures:
+            raise RunError("; ".join(self.failures))
+
+    def _trace(self, group: str, cases: Sequence[Case]) -> None:
+        """One more round of each case under torch's profiler, as a trace for Perfetto or chrome://tracing."""
+        assert self.profile_dir is not None
+        with profile(activities=torch.profiler.supported_activities()) as trace:
+            for case in cases:
+                case.prepare()
+                with record_function(case.name):
+                    for step in case.steps:
+                        step()
+                    self.backend.synchronize()
+        self.profile_dir.mkdir(parents=True, exist_ok=True)
+        name = "".join(c if c.isalnum() else "-" for c in group)
+        trace.export_chrome_trace(str(self.profile_dir / f"{name}.json"))
+
+
+Progress = Callable[[int, int], None]
+"""Called with the groups of cases that are done and all of them."""
+
+
+def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected, in float64."""
+    expected = expected.to("cpu", torch.float64)
+    scale = max(float(expected.norm()), torch.finfo(torch.float64).tiny)
+    return float((output.to("cpu", torch.float64) - expected).norm()) / scale
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """The dtype whose results count as exact for another."""
+    return torch.float64 if dtype == torch.float32 else torch.float32

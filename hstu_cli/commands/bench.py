@@ -1,0 +1,122 @@
+"""What the benchmark commands share: a session on a device, bars in tables, and how they end."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from hstu_cli.bench.ceilings import measure_ceilings
+from hstu_cli.bench.session import BenchSession
+from hstu_cli.charts import Panel, write_plot
+from hstu_cli.commands.opening import Opened
+from hstu_cli.report import format_value, key_value_table
+
+if TYPE_CHECKING:
+    from hstu_cli.report import ProgressLine
+
+BAR_WIDTH = 16
+
+CPU_SECONDS = 80.0
+"""The estimated time that a CPU's default run may take; estimates are rough, and two minutes are the promise."""
+
+CPU_EFFICIENCY = 0.25
+"""Share of the matmul rate that the estimate of a CPU's run assumes."""
+
+
+def open_session(opened: Opened, *, warmup: int, iterations: int, profile_dir: Path | None) -> BenchSession:
+    """Measure the machine's ceilings, which go into the record, and make the session of a run."""
+    ceilings = measure_ceilings(opened.backend, opened.dtype)
+    opened.reporter.record["ceilings"] = ceilings.to_dict()
+    return BenchSession(opened.backend, opened.dtype, ceilings, warmup, iterations, profile_dir)
+
+
+@contextmanager
+def benchmark(
+    opened: Opened,
+    session: BenchSession,
+    tables: Callable[[Mapping[str, Any]], list[Table]],
+    panels: Callable[[Sequence[Mapping[str, Any]]], list[Panel]],
+    plot: Path | None,
+) -> Iterator[tuple[list[dict[str, Any]], "ProgressLine"]]:
+    """A run that fills the record's rows one by one: what is finished comes out in any case."""
+    reporter = opened.reporter
+    rows: list[dict[str, Any]] = []
+    reporter.record["rows"] = rows
+    reporter.record["warnings"] = []
+    with reporter.running(tables) as record, reporter.progress() as progress:
+        try:
+            yield rows, progress
+            session.raise_failures()
+        finally:
+            record["warnings"] = session.warnings()
+            for warning in record["warnings"]:
+                reporter.warn(warning)
+            if plot is not None and any("skipped" not in row for row in rows):
+                title = f"hstu {record['command']}: {record['device']['name']}"
+                write_plot(plot, title, panels(rows), tables(record), record)
+
+
+def dry_run(opened: Opened, rows: Iterable[dict[str, Any]]) -> None:
+    """Print the cases and what they would cost."""
+    rows = list(rows)
+    with opened.reporter.running(lambda record: [_cost_table(record["rows"])]) as record:
+        record["dry_run"] = True
+        record["rows"] = rows
+
+
+def overview(record: Mapping[str, Any]) -> Table:
+    """Where and how the run was."""
+    device, ceilings = record["device"], record["ceilings"]
+    title = f"hstu {record['command']}"
+    if record["status"] != "valid":
+        title += f" ({', '.join(record['reasons'])})"
+    return key_value_table(
+        title,
+        {
+            "Device": f"{device['name']} ({device['actual']}), {device['dtype']}",
+            "Implementation": f"{device['impl']} ({device['impl_reason']})",
+            "Ceilings, measured": f"{ceilings['flops_per_s'] / 1e12:,.2f} TFLOP/s, "
+            f"{ceilings['bytes_per_s'] / 1e9:,.1f} GB/s",
+            **({"Scaled": record["scaled"]} if record.get("scaled") else {}),
+            **({"Warnings": "; ".join(record["warnings"])} if record.get("warnings") else {}),
+        },
+    )
+
+
+def bar(speedup: float | None, limit: float | None) -> str:
+    """A speed-up against its limit: full where it is reached."""
+    if speedup is None or not limit:
+        return ""
+    filled = min(BAR_WIDTH, round(BAR_WIDTH * speedup / limit))
+    return "█" * filled + "░" * (BAR_WIDTH - filled)
+
+
+def spread(latency: Mapping[str, Any]) -> str:
+    """The median and the range of samples in milliseconds."""
+    return f"{format_value(latency['p50'])} ({format_value(latency['min'])} to {format_value(latency['max'])})"
+
+
+def ratio(value: float | None) -> str:
+    """A factor as tables show it."""
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def percent(value: float | None) -> str:
+    """A share as tables show it."""
+    return "-" if value is None else f"{value:.0%}"
+
+
+UNITS = {"flops": ("GFLOP", 1e9), "bytes": ("MB moved", 1e6), "memory_bytes": ("MB of memory", 1e6)}
+"""How the cost of a case is shown: header and divisor by field."""
+
+
+def _cost_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Every field of every case."""
+    table = Table(title="The cases, not run", title_justify="left")
+    for name in rows[0] if rows else ():
+        table.add_column(UNITS[name][0] if name in UNITS else name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(format_value(v / UNITS[k][1] if k in UNITS else v) for k, v in row.items()))
+    return table

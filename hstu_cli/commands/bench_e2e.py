@@ -1,0 +1,190 @@
+"""`hstu bench-e2e`: whole requests of growing users, with and without the cache."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hstu_cli.commands import options
+from hstu_cli.errors import UnavailableError, UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hstu_cli.charts import Panel
+
+EXAMPLE = "Example: hstu bench-e2e --dtype bf16 --num-users 1,8 --output-json e2e.json"
+
+NUM_USERS = "1,2,4,8"
+VARIANTS = "baseline,kvcache,kvcache+graph"
+EMBEDDINGS = ("auto", "torch", "torchrec", "dynamicemb")
+
+
+def bench_e2e(
+    num_users: Annotated[
+        str | None, typer.Option(metavar="LIST", help=f"Users of a batch. [default: {NUM_USERS}]")
+    ] = None,
+    history_step: Annotated[int, typer.Option(min=2, help="Tokens that each batch adds to every history.")] = 256,
+    num_batches: Annotated[int, typer.Option(min=1, help="Batches of the workload.")] = 16,
+    candidates: Annotated[int, typer.Option(min=1, help="Candidates of a request.")] = 256,
+    variants: Annotated[str, typer.Option(metavar="LIST", help="What to run.")] = VARIANTS,
+    embedding: Annotated[str, typer.Option(help="Embedding tables: auto, torch, torchrec or dynamicemb.")] = "auto",
+    config: options.Config = None,
+    page_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a page. [default: 32, or the hardware preset's]")
+    ] = None,
+    num_iters_warmup: options.Warmup = 1,
+    num_iters: options.Iterations = 3,
+    full: options.Full = False,
+    dry_run: options.DryRun = False,
+    plot: options.Plot = None,
+    profile: options.Profile = None,
+    device: options.Device = "auto",
+    require_device: options.RequireDevice = False,
+    dtype: options.Dtype = "auto",
+    impl: options.Impl = "auto",
+    seed: options.Seed = 0,
+    format: options.Format = options.OutputFormat.rich,
+    output_json: options.OutputJson = None,
+    metadata: options.Metadata = None,
+    verbose: options.Verbose = False,
+) -> None:
+    """Time requests of users whose histories grow, from embedding to logits."""
+    args = dict(locals())
+    users = options.parse_counts("--num-users", num_users or NUM_USERS, least=1)
+    chosen = _parse_variants(variants)
+    _check_embedding(embedding)
+    from hstu_cli.bench.e2e import GrowingUsers, dry_rows, run_e2e_benchmark
+    from hstu_cli.bench.setup import benchmark_config
+    from hstu_cli.charts import check_plot
+    from hstu_cli.commands import bench
+    from hstu_cli.commands.opening import open_run
+
+    if plot is not None:
+        check_plot(plot)
+    opened = open_run(
+        "bench-e2e",
+        args,
+        device=device,
+        require_device=require_device,
+        dtype=dtype,
+        impl=impl,
+        json_only=format is options.OutputFormat.json,
+        output_json=output_json,
+        metadata=metadata,
+    )
+    preset = opened.choice.preset
+    model_config = benchmark_config(config, preset)
+    workloads = [GrowingUsers(count, history_step, num_batches, candidates) for count in users]
+    workloads[0].check(model_config)
+    tokens = page_size or (preset.page_size if preset else 32)
+    opened.reporter.record |= {"model": model_config.to_dict(), "page_size": tokens}
+    if dry_run:
+        bench.dry_run(opened, dry_rows(workloads, chosen, model_config, opened.dtype.itemsize, tokens))
+        return
+    session = bench.open_session(opened, warmup=num_iters_warmup, iterations=num_iters, profile_dir=profile)
+    if opened.backend.type == "cpu" and not full and num_users is None:
+
+        def seconds(workload: GrowingUsers) -> float:
+            kinds = {name != "baseline" for name in chosen} | {False}
+            flops = sum(workload.cost(model_config, opened.dtype.itemsize, cached=kind)[0] for kind in kinds)
+            return (num_iters_warmup + num_iters) * flops / (bench.CPU_EFFICIENCY * session.ceilings.flops_per_s)
+
+        while len(workloads) > 1 and sum(map(seconds, workloads)) > bench.CPU_SECONDS:
+            workloads.pop()
+        if len(workloads) < len(users):
+            listed = ", ".join(str(workload.num_users) for workload in workloads)
+            message = f"scaled for a CPU to {listed} of {num_users or NUM_USERS} users; --full runs everything"
+            opened.reporter.record["scaled"] = message
+            opened.reporter.warn(f"The default run is {message}.")
+    with bench.benchmark(opened, session, _tables, _panels, plot) as (rows, progress):
+        progress.stage("timing")
+        for row in run_e2e_benchmark(
+            session,
+            model_config,
+            workloads,
+            chosen,
+            impl=opened.impl.name,
+            page_size=tokens,
+            seed=seed,
+            embedding="torch",
+            preset=preset.name if preset and config is None else None,  # figures of this very model
+            on_group=lambda done, total: progress.count(done, total, "numbers of users"),
+        ):
+            rows.append(row)
+
+
+def _parse_variants(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(item.strip() for item in text.split(",")))
+    known = VARIANTS.split(",")
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--variants knows {', '.join(known)}, not {name!r}.")
+    return names
+
+
+def _check_embedding(name: str) -> None:
+    if name not in EMBEDDINGS:
+        raise UsageError(f"--embedding is one of {', '.join(EMBEDDINGS)}, not {name!r}.")
+    if name not in ("auto", "torch"):
+        raise UnavailableError(f"--embedding {name}: this version has the built-in tables alone; use torch.")
+
+
+def _tables(record: Mapping[str, Any]) -> "list[Table]":
+    from rich.table import Table
+
+    from hstu_cli.commands.bench import bar, overview, percent, ratio, spread
+    from hstu_cli.report import format_value
+
+    published = any(row.get("published_ms") for row in record["rows"])
+    table = Table(title="Total of all batches", title_justify="left")
+    names = ["Users", "Variant", "ms: median (range)", "of roofline", "Speed-up", "Limit", ""]
+    if published:
+        names += [f"{record['device']['requested'].upper()}, published: ms"]
+    names += ["Logits differ by"]
+    for name in names:
+        table.add_column(name, justify="left" if name in ("", "Variant") else "right", no_wrap=name in ("", "Variant"))
+    for row in record["rows"]:
+        start = [f"{row['num_users']}", row["variant"]]
+        theirs = [format_value(row["published_ms"])] if published else []
+        if "skipped" in row:
+            table.add_row(*start, f"skipped: {row['skipped']}", *[""] * 4, *theirs)
+            continue
+        speedup, limit = row["speedup_vs_baseline"], row["speedup_limit"]
+        table.add_row(
+            *start,
+            spread(row["total_latency_ms"]),
+            percent(row["roofline_fraction"]),
+            ratio(speedup),
+            ratio(limit),
+            bar(speedup, limit),
+            *theirs,
+            f"{row['max_abs_logit_difference']:.2g}",
+        )
+    return [overview(record), table]
+
+
+def _panels(rows: Sequence[Mapping[str, Any]]) -> "list[Panel]":
+    from hstu_cli.charts import Panel
+
+    rows = [row for row in rows if "skipped" not in row]
+    users = list(dict.fromkeys(row["num_users"] for row in rows))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    found = {(row["variant"], row["num_users"]): row for row in rows}
+    labels = [f"{count} users" for count in users]
+
+    def values(field: str, variant: str) -> list[float | None]:
+        return [found.get((variant, count), {}).get(field) for count in users]
+
+    totals = {variant: values("total_ms", variant) for variant in variants}
+    totals |= {
+        f"{variant}, published": values("published_ms", variant)
+        for variant in variants
+        if any(values("published_ms", variant))
+    }
+    cached = [variant for variant in variants if variant != "baseline"]
+    speedups = {variant: values("speedup_vs_baseline", variant) for variant in cached}
+    panels = [Panel("Total of all batches", "ms", labels, totals)]
+    if cached:
+        panels.append(Panel("Speed-up over the baseline", "x", labels, speedups, values("speedup_limit", cached[0])))
+    return panels

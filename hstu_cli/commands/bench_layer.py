@@ -1,0 +1,207 @@
+"""`hstu bench-layer`: the block alone, cached against recomputed."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hstu_cli.commands import options
+from hstu_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hstu_cli.charts import Panel
+
+EXAMPLE = "Example: hstu bench-layer --dtype bf16 --history 4096 --cached 31/32 --candidates 0,256 --batch-size 1,8"
+
+HISTORY = "128,256,512,1024,2048,4096"
+CACHED = "0,1/2,3/4,7/8,15/16,31/32"
+CANDIDATES = "0,256"
+BATCH_SIZE = "1,2,4,8"
+
+
+def bench_layer(
+    history: Annotated[
+        str | None, typer.Option(metavar="LIST", help=f"Tokens before the candidates. [default: {HISTORY}]")
+    ] = None,
+    cached: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help=f"Cached tokens, or shares of the history. [default: {CACHED}]"),
+    ] = None,
+    candidates: Annotated[
+        str | None, typer.Option(metavar="LIST", help=f"Candidates of a request. [default: {CANDIDATES}]")
+    ] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(metavar="LIST", help=f"Requests at once. [default: {BATCH_SIZE}]")
+    ] = None,
+    cache_tier: Annotated[
+        str, typer.Option(help="device, or host: copying the cached pages from host memory counts.")
+    ] = "device",
+    compare: Annotated[
+        str | None, typer.Option(help="eager: also time the plain PyTorch composition.", metavar="eager")
+    ] = None,
+    config: options.Config = None,
+    page_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a page. [default: 32, or the hardware preset's]")
+    ] = None,
+    num_iters_warmup: options.Warmup = 1,
+    num_iters: options.Iterations = 5,
+    full: options.Full = False,
+    dry_run: options.DryRun = False,
+    plot: options.Plot = None,
+    profile: options.Profile = None,
+    device: options.Device = "auto",
+    require_device: options.RequireDevice = False,
+    dtype: options.Dtype = "auto",
+    impl: options.Impl = "auto",
+    seed: options.Seed = 0,
+    format: options.Format = options.OutputFormat.rich,
+    output_json: options.OutputJson = None,
+    metadata: options.Metadata = None,
+    verbose: options.Verbose = False,
+) -> None:
+    """Time the HSTU block over history, cached tokens, candidates and batch size."""
+    args = dict(locals())
+    histories = options.parse_counts("--history", history or HISTORY, least=1)
+    shares = options.parse_shares("--cached", cached or CACHED)
+    counts = options.parse_counts("--candidates", candidates or CANDIDATES, least=0)
+    sizes = options.parse_counts("--batch-size", batch_size or BATCH_SIZE, least=1)
+    if cache_tier not in ("device", "host"):
+        raise UsageError(f"--cache-tier is device or host, not {cache_tier!r}.")
+    if compare not in (None, "eager"):
+        raise UsageError(f"--compare knows eager, not {compare!r}.")
+    from hstu_cli.bench.layer import LayerGrid, LayerGroup, dry_rows, run_layer_benchmark, scaled_grid
+    from hstu_cli.bench.setup import benchmark_config
+    from hstu_cli.charts import check_plot
+    from hstu_cli.commands import bench
+    from hstu_cli.commands.opening import open_run
+
+    grid = LayerGrid(histories, shares, counts, sizes, cache_tier == "host", compare == "eager")
+    grid.groups()  # refuses what cannot be, before anything is opened
+    if plot is not None:
+        check_plot(plot)
+    opened = open_run(
+        "bench-layer",
+        args,
+        device=device,
+        require_device=require_device,
+        dtype=dtype,
+        impl=impl,
+        json_only=format is options.OutputFormat.json,
+        output_json=output_json,
+        metadata=metadata,
+    )
+    preset = opened.choice.preset
+    model_config = benchmark_config(config, preset)
+    tokens = page_size or (preset.page_size if preset else 32)
+    opened.reporter.record |= {"model": model_config.to_dict(), "page_size": tokens}
+    if dry_run:
+        rows = dry_rows(grid, model_config, opened.dtype.itemsize, impl=opened.impl.name, page_size=tokens)
+        bench.dry_run(opened, rows)
+        return
+    session = bench.open_session(opened, warmup=num_iters_warmup, iterations=num_iters, profile_dir=profile)
+    if opened.backend.type == "cpu" and not full:
+
+        def seconds(group: LayerGroup) -> float:
+            flops = sum(group.cost(model_config, c, opened.dtype.itemsize)[0] for c in group.cached)
+            rounds = num_iters_warmup + num_iters + 3  # the check, and the exact result in a wider dtype
+            return rounds * flops / (bench.CPU_EFFICIENCY * session.ceilings.flops_per_s)
+
+        given = {"histories": history, "candidates": candidates, "batch_sizes": batch_size}
+        whole = grid
+        grid = scaled_grid(grid, {name for name, text in given.items() if text is None}, bench.CPU_SECONDS, seconds)
+        if grid != whole:
+            message = (
+                f"scaled for a CPU to histories {_listed(grid.histories)}, candidates {_listed(grid.candidates)}, "
+                f"batch sizes {_listed(grid.batch_sizes)}; --full runs everything"
+            )
+            opened.reporter.record["scaled"] = message
+            opened.reporter.warn(f"The default grid is {message}.")
+    with bench.benchmark(opened, session, _tables, _panels, plot) as (rows, progress):
+        progress.stage("timing")
+        for row in run_layer_benchmark(
+            session,
+            model_config,
+            grid,
+            impl=opened.impl.name,
+            page_size=tokens,
+            seed=seed,
+            preset=preset.name if preset and config is None else None,  # figures of this very model
+            on_group=lambda done, total: progress.count(done, total, "groups of cases"),
+        ):
+            rows.append(row)
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _grouped(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], list[Mapping[str, Any]]]:
+    """Rows by candidates and batch size, as the published charts have them."""
+    groups: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["num_candidates"], row["batch_size"]), []).append(row)
+    return groups
+
+
+def _tables(record: Mapping[str, Any]) -> "list[Table]":
+    from rich.table import Table
+
+    from hstu_cli.commands.bench import bar, overview, percent, ratio, spread
+    from hstu_cli.report import format_value
+
+    tables = [overview(record)]
+    published = any(row.get("published_ms") or row.get("published_speedup") for row in record["rows"])
+    names = ["History", "Cached", "Impl", "ms: median (range)", "TFLOP/s", "of roofline", "Speed-up", "Limit", ""]
+    if published:
+        names += [f"{record['device']['requested'].upper()}, published: ms", "speed-up"]
+    names += ["Error"]
+    for (candidates, batch), rows in _grouped(record["rows"]).items():
+        table = Table(title=f"{candidates} candidates, batch size {batch}", title_justify="left")
+        for name in names:
+            table.add_column(name, justify="left" if name in ("", "Impl") else "right", no_wrap=name == "")
+        for row in rows:
+            start = [f"{row['history_length']:,}", f"{row['cached_length']:,}", row["impl"]]
+            if "skipped" in row:
+                table.add_row(*start, f"skipped: {row['skipped']}")
+                continue
+            speedup, limit = row["speedup_vs_uncached"], row["speedup_limit"]
+            theirs = [format_value(row["published_ms"]), ratio(row["published_speedup"])] if published else []
+            table.add_row(
+                *start,
+                spread(row["latency_ms"]),
+                format_value(row["tflops"]),
+                percent(row["roofline_fraction"]),
+                ratio(speedup),
+                ratio(limit),
+                bar(speedup, limit),
+                *theirs,
+                f"{row['output_error']:.2g}",
+            )
+        tables.append(table)
+    return tables
+
+
+def _panels(rows: Sequence[Mapping[str, Any]]) -> "list[Panel]":
+    from hstu_cli.charts import Panel
+
+    panels = []
+    for (candidates, batch), group in _grouped([row for row in rows if "skipped" not in row]).items():
+        cases = list(dict.fromkeys((row["history_length"], row["cached_length"]) for row in group))
+        impls = list(dict.fromkeys(row["impl"] for row in group))
+        found = {(row["impl"], row["history_length"], row["cached_length"]): row for row in group}
+        labels = [f"{cached} of {history}" for history, cached in cases]
+        title = f"{candidates} candidates, batch size {batch}"
+
+        def values(field: str, impl: str, found: Mapping = found, cases: Sequence = cases) -> list[float | None]:
+            rows_of = [found.get((impl, *case), {}) for case in cases]
+            return [row.get(field, {}).get("p50") if field == "latency_ms" else row.get(field) for row in rows_of]
+
+        latency = {impl: values("latency_ms", impl) for impl in impls}
+        if any(values("published_ms", impls[0])):
+            latency["published"] = values("published_ms", impls[0])
+        speedup = {impl: values("speedup_vs_uncached", impl) for impl in impls}
+        panels.append(Panel(f"Latency, {title}", "ms", labels, latency))
+        panels.append(Panel(f"Speed-up, {title}", "x", labels, speedup, values("speedup_limit", impls[0])))
+    return panels

@@ -1,0 +1,147 @@
+"""`hstu compare`: two saved records side by side."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hstu_cli.commands import options
+from hstu_cli.errors import InputError, RunError, UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+EXAMPLE = "Example: hstu compare before.json after.json --fail-below 0.95"
+
+SETTINGS = ("env", "device", "args", "model", "page_size", "dataset", "batch_size", "scaled")
+"""Parts of a record that decide what was measured."""
+
+NEVER_COMPARED = ("output_json", "plot", "profile", "verbose", "format", "metadata", "predictions_out", "git_commit")
+"""Settings that say where the result went, not what it is."""
+
+ROW_KEYS = (
+    "batch_size",
+    "num_users",
+    "history_length",
+    "cached_length",
+    "num_candidates",
+    "seqlen",
+    "num_layers",
+    "cache_tier",
+    "variant",
+    "embedding",
+    "impl",
+)
+"""Fields that name a row."""
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A.json", help="The record to compare with.")],
+    second: Annotated[Path, typer.Argument(metavar="B.json", help="The record to judge.")],
+    fail_below: Annotated[
+        float | None, typer.Option(min=0, metavar="RATIO", help="Exit 1 where B's speed over A's is below this.")
+    ] = None,
+    format: options.Format = options.OutputFormat.rich,
+    output_json: options.OutputJson = None,
+    metadata: options.Metadata = None,
+    verbose: options.Verbose = False,
+) -> None:
+    """Put two JSON records of the same command side by side; a ratio above 1 means that B is faster."""
+    args = dict(locals())
+    from hstu_cli.config import read_json_object
+    from hstu_cli.report import Reporter, environment, parse_metadata
+
+    records = []
+    for path in (first, second):
+        record = read_json_object(path)
+        if "command" not in record or "schema_version" not in record:
+            raise InputError(f"{path} is no record of hstu: it has no command or no schema_version.")
+        if record["schema_version"] != 1:
+            raise InputError(f"{path} has schema_version {record['schema_version']}; this version reads 1.")
+        records.append(record)
+    a, b = records
+    if a["command"] != b["command"]:
+        raise UsageError(f"{first} is of {a['command']} and {second} of {b['command']}: compare the same command.")
+    reporter = Reporter(
+        "compare",
+        args,
+        json_only=format is options.OutputFormat.json,
+        output_json=output_json,
+        metadata=parse_metadata(metadata or []),
+    )
+    reporter.record |= {"env": environment(), "device": None, "compared": a["command"]}
+    for path, record in zip((first, second), records, strict=True):
+        if record.get("status") != "valid":
+            reporter.warn(f"{path} is {record.get('status')}: {', '.join(record.get('reasons', []))}")
+    rows = _compared_rows(a, b)
+    with reporter.running(_tables) as record:
+        record["differences"] = _differences(a, b)
+        record["rows"] = rows
+        if not rows:
+            raise RunError("The two records have no measured case in common.")
+        slow = [row for row in rows if fail_below is not None and row["speed_ratio"] < fail_below]
+        if slow:
+            worst = min(slow, key=lambda row: row["speed_ratio"])
+            raise RunError(
+                f"B is below {fail_below:g} of A's speed in {len(slow)} of {len(rows)} cases, "
+                f"at worst {worst['speed_ratio']:.3f} in {worst['case']}"
+            )
+
+
+def _compared_rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Cases that both records measured, in A's order."""
+    ours, theirs = _medians(a), _medians(b)
+    return [
+        {"case": case, "a_ms": ours[case], "b_ms": theirs[case], "speed_ratio": ours[case] / theirs[case]}
+        for case in ours
+        if case in theirs
+    ]
+
+
+def _medians(record: Mapping[str, Any]) -> dict[str, float]:
+    """Median milliseconds by the name of the case; `hstu infer` is one case."""
+    medians = {}
+    for row in record.get("rows", [record]):
+        latency = row.get("total_latency_ms") or row.get("latency_ms") or {}
+        names = [f"{key} {row[key]}" for key in ROW_KEYS if "rows" in record and row.get(key) is not None]
+        if latency.get("p50"):
+            medians[", ".join(names) or record["command"]] = latency["p50"]
+    return medians
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Settings that differ, machine and versions first."""
+    pairs = [(_flat(a.get(part), part), _flat(b.get(part), part)) for part in SETTINGS]
+    return [
+        {"setting": name, "a": one.get(name), "b": other.get(name)}
+        for one, other in pairs
+        for name in dict.fromkeys([*one, *other])
+        if name.rpartition(".")[2] not in NEVER_COMPARED and one.get(name) != other.get(name)
+    ]
+
+
+def _flat(value: Any, name: str) -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    if isinstance(value, Mapping):
+        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}").items()}
+    return {name: value}
+
+
+def _tables(record: Mapping[str, Any]) -> "list[Table]":
+    from rich.table import Table
+
+    from hstu_cli.report import format_value
+
+    title = "What differs" + ("" if record["status"] == "valid" else f" ({', '.join(record['reasons'])})")
+    differences = Table("Setting", "A", "B", title=title, title_justify="left")
+    for row in record["differences"]:
+        differences.add_row(row["setting"], format_value(row["a"]), format_value(row["b"]))
+    if not record["differences"]:
+        differences.add_row("nothing", "", "")
+    cases = Table("Case", title=f"hstu {record['compared']}", title_justify="left")
+    for name in ("A (ms)", "B (ms)", "B's speed over A's"):
+        cases.add_column(name, justify="right")
+    for row in record["rows"]:
+        cases.add_row(row["case"], format_value(row["a_ms"]), format_value(row["b_ms"]), f"{row['speed_ratio']:.3f}")
+    return [differences, cases]

@@ -1,0 +1,63 @@
+"""What commands on a model do before their work: resolve the device, and begin the record."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hstu_cli.backend import DTYPES, Backend, DeviceChoice, open_device, resolve_dtype
+from hstu_cli.kernels.dispatch import ImplChoice, choose_impl
+from hstu_cli.report import Reporter, environment, parse_metadata
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A device with a dtype and an implementation, and the reporter whose record names them."""
+
+    reporter: Reporter
+    choice: DeviceChoice
+    dtype: torch.dtype
+    impl: ImplChoice
+
+    @property
+    def backend(self) -> Backend:
+        """The device itself."""
+        return self.choice.backend
+
+
+def open_run(
+    command: str,
+    args: Mapping[str, Any],
+    *,
+    device: str,
+    require_device: bool,
+    dtype: str,
+    impl: str,
+    json_only: bool,
+    output_json: Path | None,
+    metadata: Sequence[str] | None,
+) -> Opened:
+    """Resolve the shared options, in the order in which their errors matter; warn where a preset's GPU is absent."""
+    choice = open_device(device, require=require_device)
+    backend = choice.backend
+    dtype_name = resolve_dtype(dtype, backend)
+    implementation = choose_impl(impl, backend.type)
+    reporter = Reporter(
+        command, args, json_only=json_only, output_json=output_json, metadata=parse_metadata(list(metadata or []))
+    )
+    if choice.warning:
+        reporter.warn(choice.warning)
+    reporter.record |= {
+        "env": environment(backend.device_name, backend.memory_bytes),
+        "device": {
+            "requested": choice.requested,
+            "actual": str(backend.device),
+            "name": backend.device_name,
+            "dtype": dtype_name,
+            "impl": implementation.name,
+            "impl_reason": implementation.reason,
+        },
+    }
+    return Opened(reporter, choice, DTYPES[dtype_name], implementation)
