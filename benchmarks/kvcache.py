@@ -181,6 +181,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Batches of the replay.")] = 1000,
 ) -> None:
     """Measure the KV cache on this machine's CPU."""
+    Backend().tune_process()
     config = MODEL_PRESETS["kuairand_gr"]
     rows = dict.fromkeys(CONTEXTUAL_FEATURES, 1)
     model = random_model(config, {}, {**rows, "video_id": NUM_ITEMS}, seed=0).to(torch.bfloat16)

@@ -20,6 +20,7 @@ from hstu_cli.hardware import (
     HardwarePreset,
     available_memory_bytes,
     cpu_name,
+    keep_freed_memory,
     physical_memory_bytes,
 )
 
@@ -102,6 +103,10 @@ class Backend:
     def available_memory_bytes(self) -> int:
         """What of it a new tensor may take."""
         return available_memory_bytes()
+
+    def tune_process(self) -> None:
+        """Set what makes this whole process faster on the device; for programs, not for a library's caller."""
+        keep_freed_memory()
 
     def synchronize(self) -> None:
         """Wait until all queued work is done."""
@@ -192,6 +197,9 @@ class StreamBackend(Backend):
     def available_memory_bytes(self) -> int:
         """See `Backend`."""
         return self.module().mem_get_info(self.device.index)[0]
+
+    def tune_process(self) -> None:
+        """See `Backend`: nothing, torch's allocator of the device keeps what is freed."""
 
     def synchronize(self) -> None:
         """See `Backend`."""

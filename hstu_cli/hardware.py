@@ -1,5 +1,6 @@
 """Hardware presets (published ceilings of known GPUs) and the name of this machine's processor."""
 
+import ctypes
 import os
 import platform
 import re
@@ -64,3 +65,19 @@ def available_memory_bytes() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return physical_memory_bytes()
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a process frees for its next tensor, where that is glibc.
+
+    It gives large blocks back to the system at once, and getting them again means a page fault for
+    every 4 KB: more than the arithmetic of a layer costs on some machines. Affects the process.
+    """
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 64 << 20)

@@ -42,6 +42,7 @@ def open_run(
     """Resolve the shared options, in the order in which their errors matter; warn where a preset's GPU is absent."""
     choice = open_device(device, require=require_device)
     backend = choice.backend
+    backend.tune_process()
     dtype_name = resolve_dtype(dtype, backend)
     implementation = choose_impl(impl, backend.type)
     reporter = Reporter(
