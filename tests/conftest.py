@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from hstu_cli.backend import CudaBackend, NpuBackend
+from hstu_cli.bench import ceilings
+
 # Tests run one process per core: more threads in each would only wait for one another.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +18,22 @@ settings.register_profile(
     "hstu", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("hstu")
+
+
+@pytest.fixture(autouse=True)
+def _small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks inside this process measure the machine with a small product and a small copy."""
+    monkeypatch.setitem(ceilings.MATMUL_SIZE, "cpu", 256)
+    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 1 << 20)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of a device skip where it is absent, and say what is missing."""
+    for backend in (CudaBackend, NpuBackend):
+        marker = {"cuda": "gpu"}.get(backend.type, backend.type)
+        if item.get_closest_marker(marker) and (reason := backend.why_unavailable()):
+            pytest.skip(reason)
+
 
 SAMPLE_ARCHIVE = "KuaiRand-Pure-sample.tar.gz"
 SAMPLE_MD5 = "3caa8bfc7a72eab5f0a48be7140aea9c"

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.table import Table
 
 from hstu_cli.bench.ceilings import measure_ceilings
@@ -18,11 +19,24 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 16
 
-CPU_SECONDS = 80.0
+CPU_SECONDS = 100.0
 """The estimated time that a CPU's default run may take; estimates are rough, and two minutes are the promise."""
 
-CPU_EFFICIENCY = 0.25
-"""Share of the matmul rate that the estimate of a CPU's run assumes."""
+CPU_EFFICIENCY = {torch.float32: 0.6}
+OTHER_CPU_EFFICIENCY = 0.35
+"""Share of the matmul rate that the estimate of a CPU's run assumes, by dtype."""
+
+
+def estimated_seconds(session: BenchSession, flops: float, rounds: float) -> float:
+    """About how long a CPU takes for so many rounds of so many FLOPs."""
+    efficiency = CPU_EFFICIENCY.get(session.dtype, OTHER_CPU_EFFICIENCY)
+    return rounds * flops / (efficiency * session.ceilings.flops_per_s)
+
+
+def say_scaled(opened: Opened, message: str) -> None:
+    """Tell that the default run was made smaller, and how."""
+    opened.reporter.record["scaled"] = f"{message}; --full runs everything"
+    opened.reporter.warn(f"Scaled for a CPU to {opened.reporter.record['scaled']}.")
 
 
 def open_session(opened: Opened, *, warmup: int, iterations: int, profile_dir: Path | None) -> BenchSession:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: hstu bench-e2e --dtype bf16 --num-users 1,8 --output-json e2e.json"
 
 NUM_USERS = "1,2,4,8"
+NUM_ITERS = 3
 VARIANTS = "baseline,kvcache,kvcache+graph"
 EMBEDDINGS = ("auto", "torch", "torchrec", "dynamicemb")
 
@@ -34,7 +35,9 @@ def bench_e2e(
         int | None, typer.Option(min=1, help="Tokens in a page. [default: 32, or the hardware preset's]")
     ] = None,
     num_iters_warmup: options.Warmup = 1,
-    num_iters: options.Iterations = 3,
+    num_iters: Annotated[
+        int | None, typer.Option(min=1, help="Timed rounds; all variants take turns in each. [default: 3]")
+    ] = None,
     full: options.Full = False,
     dry_run: options.DryRun = False,
     plot: options.Plot = None,
@@ -51,7 +54,7 @@ def bench_e2e(
 ) -> None:
     """Time requests of users whose histories grow, from embedding to logits."""
     args = dict(locals())
-    users = options.parse_counts("--num-users", num_users or NUM_USERS, least=1)
+    users = options.parse_counts("--num-users", NUM_USERS if num_users is None else num_users, least=1)
     chosen = _parse_variants(variants)
     _check_embedding(embedding)
     from hstu_cli.bench.e2e import GrowingUsers, dry_rows, run_e2e_benchmark
@@ -82,21 +85,25 @@ def bench_e2e(
     if dry_run:
         bench.dry_run(opened, dry_rows(workloads, chosen, model_config, opened.dtype.itemsize, tokens))
         return
-    session = bench.open_session(opened, warmup=num_iters_warmup, iterations=num_iters, profile_dir=profile)
-    if opened.backend.type == "cpu" and not full and num_users is None:
+    session = bench.open_session(
+        opened, warmup=num_iters_warmup, iterations=num_iters or NUM_ITERS, profile_dir=profile
+    )
+    if opened.backend.type == "cpu" and not full:
 
-        def seconds(workload: GrowingUsers) -> float:
+        def seconds() -> float:
             kinds = {name != "baseline" for name in chosen} | {False}
-            flops = sum(workload.cost(model_config, opened.dtype.itemsize, cached=kind)[0] for kind in kinds)
-            return (num_iters_warmup + num_iters) * flops / (bench.CPU_EFFICIENCY * session.ceilings.flops_per_s)
+            flops = sum(
+                w.cost(model_config, opened.dtype.itemsize, cached=kind)[0] for kind in kinds for w in workloads
+            )
+            return bench.estimated_seconds(session, flops, session.warmup + session.iterations)
 
-        while len(workloads) > 1 and sum(map(seconds, workloads)) > bench.CPU_SECONDS:
+        while num_users is None and len(workloads) > 1 and seconds() > bench.CPU_SECONDS:
             workloads.pop()
-        if len(workloads) < len(users):
+        while num_iters is None and num_users is None and session.iterations > 1 and seconds() > bench.CPU_SECONDS:
+            session.iterations -= 1
+        if len(workloads) < len(users) or session.iterations < (num_iters or NUM_ITERS):
             listed = ", ".join(str(workload.num_users) for workload in workloads)
-            message = f"scaled for a CPU to {listed} of {num_users or NUM_USERS} users; --full runs everything"
-            opened.reporter.record["scaled"] = message
-            opened.reporter.warn(f"The default run is {message}.")
+            bench.say_scaled(opened, f"{listed} of {NUM_USERS} users, {session.iterations} timed rounds")
     with bench.benchmark(opened, session, _tables, _panels, plot) as (rows, progress):
         progress.stage("timing")
         for row in run_e2e_benchmark(

@@ -63,10 +63,10 @@ def bench_layer(
 ) -> None:
     """Time the HSTU block over history, cached tokens, candidates and batch size."""
     args = dict(locals())
-    histories = options.parse_counts("--history", history or HISTORY, least=1)
-    shares = options.parse_shares("--cached", cached or CACHED)
-    counts = options.parse_counts("--candidates", candidates or CANDIDATES, least=0)
-    sizes = options.parse_counts("--batch-size", batch_size or BATCH_SIZE, least=1)
+    histories = options.parse_counts("--history", HISTORY if history is None else history, least=1)
+    shares = options.parse_shares("--cached", CACHED if cached is None else cached)
+    counts = options.parse_counts("--candidates", CANDIDATES if candidates is None else candidates, least=0)
+    sizes = options.parse_counts("--batch-size", BATCH_SIZE if batch_size is None else batch_size, least=1)
     if cache_tier not in ("device", "host"):
         raise UsageError(f"--cache-tier is device or host, not {cache_tier!r}.")
     if compare not in (None, "eager"):
@@ -105,19 +105,17 @@ def bench_layer(
 
         def seconds(group: LayerGroup) -> float:
             flops = sum(group.cost(model_config, c, opened.dtype.itemsize)[0] for c in group.cached)
-            rounds = num_iters_warmup + num_iters + 3  # the check, and the exact result in a wider dtype
-            return rounds * flops / (bench.CPU_EFFICIENCY * session.ceilings.flops_per_s)
+            return bench.estimated_seconds(session, flops, num_iters_warmup + num_iters + 2)  # and the checks
 
         given = {"histories": history, "candidates": candidates, "batch_sizes": batch_size}
-        whole = grid
-        grid = scaled_grid(grid, {name for name, text in given.items() if text is None}, bench.CPU_SECONDS, seconds)
+        free = {name for name, text in given.items() if text is None}
+        whole, grid = grid, scaled_grid(grid, free, bench.CPU_SECONDS, seconds)
         if grid != whole:
-            message = (
-                f"scaled for a CPU to histories {_listed(grid.histories)}, candidates {_listed(grid.candidates)}, "
-                f"batch sizes {_listed(grid.batch_sizes)}; --full runs everything"
+            bench.say_scaled(
+                opened,
+                f"histories {_listed(grid.histories)}, candidates {_listed(grid.candidates)}, "
+                f"batch sizes {_listed(grid.batch_sizes)}",
             )
-            opened.reporter.record["scaled"] = message
-            opened.reporter.warn(f"The default grid is {message}.")
     with bench.benchmark(opened, session, _tables, _panels, plot) as (rows, progress):
         progress.stage("timing")
         for row in run_layer_benchmark(

@@ -1,0 +1,85 @@
+"""`measure()`: who runs when, what is paired with what, and what is said about noise."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from hstu_cli.backend import Backend
+from hstu_cli.timing import Case, CpuWatch, latency_summary, measure, noise_warnings, paired_ratio
+
+
+def test_cases_take_turns_step_by_step_and_warm_up_on_the_same_path() -> None:
+    calls: list[str] = []
+
+    def case(name: str) -> Case:
+        steps = [lambda i=i: calls.append(f"{name}{i}") for i in range(2)]
+        return Case(name, steps, lambda: calls.append(f"prepare {name}"))
+
+    samples = measure([case("a"), case("b")], Backend(), warmup=1, iterations=2)
+    one_round = ["prepare a", "prepare b", "a0", "b0", "a1", "b1"]
+    assert calls == one_round * 3
+    assert {name: values.shape for name, values in samples.items()} == {"a": (2, 2), "b": (2, 2)}
+    assert all((values > 0).all() for values in samples.values())
+
+
+def test_what_is_timed_is_the_step_alone() -> None:
+    slow = Case("slow", [lambda: time.sleep(0.02)], lambda: time.sleep(0.05))
+    fast = Case("fast", [lambda: None])
+    samples = measure([slow, fast], Backend(), warmup=0, iterations=3)
+    assert (samples["slow"] >= 20).all()
+    assert (samples["slow"] < 50).any()
+    assert (samples["fast"] < 20).any()
+
+
+def test_cases_of_unequal_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        measure([Case("a", [lambda: None]), Case("b", [])], Backend(), warmup=0, iterations=1)
+
+
+def test_a_ratio_is_the_median_of_paired_ratios() -> None:
+    """A disturbance of one round that meets both cases does not change it."""
+    one = np.array([[10.0, 10], [40, 40], [11, 11]])
+    other = np.array([[5.0, 5], [20, 20], [5.5, 5.5]])
+    assert paired_ratio(one, other) == pytest.approx(2.0)
+    assert paired_ratio(np.array([[1.0], [2], [9]]), np.array([[1.0], [1], [1]])) == 2.0
+
+
+def test_a_summary_has_percentiles_and_all_samples() -> None:
+    summary = latency_summary(np.arange(1.0, 101).reshape(10, 10))
+    assert (summary["min"], summary["avg"], summary["max"]) == (1, 50.5, 100)
+    assert [summary[f"p{p}"] for p in (50, 90, 95, 99)] == pytest.approx([50.5, 90.1, 95.05, 99.01])
+    assert summary["samples"] == list(range(1, 101))
+
+
+@pytest.mark.parametrize(
+    ("samples", "warnings"),
+    [
+        ([10, 10.5, 11], []),
+        ([10, 25, 26], ["machine busy: the median is more than 2 times the minimum in x"]),
+        ([10, 10, 10, 50], ["outliers beyond 2 times the median in x (1)"]),
+        ([0.1, 0.1], ["too short to trust (under 10 ms in all; raise --num-iters): x"]),
+    ],
+    ids=["quiet", "busy", "outlier", "short"],
+)
+def test_noise_is_named(samples: list[float], warnings: list[str]) -> None:
+    assert noise_warnings({"x": np.array(samples)[:, None]}) == warnings
+
+
+def test_many_noisy_cases_make_one_line() -> None:
+    [warning] = noise_warnings({name: np.array([[0.1]]) for name in "abcde"})
+    assert warning.endswith(": a; b and 3 more")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/stat is Linux's")
+def test_other_processes_are_noticed() -> None:
+    watch = CpuWatch()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        deadline = time.monotonic() + 20
+        while not (found := watch.warnings()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        busy.kill()
+    assert found
+    assert "other processes used" in found[0]
