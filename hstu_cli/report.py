@@ -36,7 +36,7 @@ PACKAGES = (
 """Packages whose versions a record carries (null where they are not installed)."""
 
 
-FILE_WIDTH = 132
+FILE_WIDTH = 140
 """Columns of tables that go into a file or a pipe."""
 
 

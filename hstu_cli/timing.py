@@ -81,9 +81,19 @@ def measure(cases: Sequence[Case], clock: Clock, *, warmup: int, iterations: int
     return {name: np.asarray(values, dtype=np.float64) for name, values in samples.items()}
 
 
-def paired_ratio(numerator_ms: np.ndarray, denominator_ms: np.ndarray) -> float:
-    """Median over the rounds of the ratio of two cases' times in the same round."""
-    return float(np.median(numerator_ms.sum(axis=-1) / denominator_ms.sum(axis=-1)))
+@dataclass(frozen=True, slots=True)
+class PairedRatio:
+    """How many times as long one case took as another: the median of the rounds' ratios, and their range."""
+
+    median: float
+    low: float
+    high: float
+
+
+def paired_ratio(numerator_ms: np.ndarray, denominator_ms: np.ndarray) -> PairedRatio:
+    """Ratio of two cases' times, each [iterations, steps], round by round."""
+    ratios = numerator_ms.sum(axis=-1) / denominator_ms.sum(axis=-1)
+    return PairedRatio(float(np.median(ratios)), float(ratios.min()), float(ratios.max()))
 
 
 def latency_summary(samples_ms: Sequence[float] | np.ndarray) -> dict[str, Any]:

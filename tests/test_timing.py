@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hstu_cli.backend import Backend
-from hstu_cli.timing import Case, CpuWatch, latency_summary, measure, noise_warnings, paired_ratio
+from hstu_cli.timing import Case, CpuWatch, PairedRatio, latency_summary, measure, noise_warnings, paired_ratio
 
 
 def test_cases_take_turns_step_by_step_and_warm_up_on_the_same_path() -> None:
@@ -43,8 +43,8 @@ def test_a_ratio_is_the_median_of_paired_ratios() -> None:
     """A disturbance of one round that meets both cases does not change it."""
     one = np.array([[10.0, 10], [40, 40], [11, 11]])
     other = np.array([[5.0, 5], [20, 20], [5.5, 5.5]])
-    assert paired_ratio(one, other) == pytest.approx(2.0)
-    assert paired_ratio(np.array([[1.0], [2], [9]]), np.array([[1.0], [1], [1]])) == 2.0
+    assert paired_ratio(one, other) == PairedRatio(*[pytest.approx(2.0)] * 3)
+    assert paired_ratio(np.array([[1.0], [2], [9]]), np.array([[1.0], [1], [1]])) == PairedRatio(2, 1, 9)
 
 
 def test_a_summary_has_percentiles_and_all_samples() -> None:

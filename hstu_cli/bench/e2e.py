@@ -206,12 +206,14 @@ def _measured(
         flops, num_bytes = workload.cost(config, session.dtype.itemsize, cached=run.name != BASELINE)
         rates = session.rates(samples[run.name], flops, num_bytes)
         least = session.ceilings.least_ms
+        speedup = paired_ratio(samples[BASELINE], samples[run.name])
         measured[run.name] = {
             "total_ms": rates["latency_ms"]["p50"],
             **rates,
             "latency_ms": latency_summary(samples[run.name]),
             "total_latency_ms": rates["latency_ms"],
-            "speedup_vs_baseline": paired_ratio(samples[BASELINE], samples[run.name]),
+            "speedup_vs_baseline": speedup.median,
+            "speedup_range": [speedup.low, speedup.high],
             "speedup_limit": base_flops / flops,
             "speedup_limit_roofline": least(base_flops, base_bytes) / least(flops, num_bytes),
             "max_abs_logit_difference": max(float(np.abs(own - expected).max()) for own, expected in pairs),

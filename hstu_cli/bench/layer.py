@@ -177,13 +177,14 @@ def _measured_rows(
         own, base = samples[_case_name(name, num_cached)], samples[_case_name(name, 0)]
         flops, num_bytes = group.cost(config, num_cached, itemsize)
         base_flops, base_bytes = group.cost(config, 0, itemsize)
-        ceilings = session.ceilings
+        ceilings, speedup = session.ceilings, paired_ratio(base, own)
         published = published_layer(preset, group.history, num_cached, group.candidates, group.batch_size)
         rows.append(
             _row(group, num_cached, grid, name)
             | session.rates(own, flops, num_bytes)
             | {
-                "speedup_vs_uncached": paired_ratio(base, own),
+                "speedup_vs_uncached": speedup.median,
+                "speedup_range": [speedup.low, speedup.high],
                 "speedup_limit": base_flops / flops,
                 "speedup_limit_roofline": ceilings.least_ms(base_flops, base_bytes)
                 / ceilings.least_ms(flops, num_bytes),

@@ -17,7 +17,7 @@ from hstu_cli.report import format_value, key_value_table
 if TYPE_CHECKING:
     from hstu_cli.report import ProgressLine
 
-BAR_WIDTH = 16
+BAR_WIDTH = 12
 
 CPU_SECONDS = 100.0
 """The estimated time that a CPU's default run may take; estimates are rough, and two minutes are the promise."""
@@ -109,12 +109,19 @@ def bar(speedup: float | None, limit: float | None) -> str:
 
 def spread(latency: Mapping[str, Any]) -> str:
     """The median and the range of samples in milliseconds."""
-    return f"{format_value(latency['p50'])} ({format_value(latency['min'])} to {format_value(latency['max'])})"
+    median, low, high = (format_value(latency[name]) for name in ("p50", "min", "max"))
+    return f"{median} ({low}-{high})"
 
 
 def ratio(value: float | None) -> str:
     """A factor as tables show it."""
     return "-" if value is None else f"{value:.2f}x"
+
+
+def speedup_text(median: float, limits: Sequence[float]) -> str:
+    """A speed-up and its range over the rounds; the range alone is left out where it is a point."""
+    low, high = limits
+    return ratio(median) if low == high else f"{ratio(median)} ({low:.2f}-{high:.2f})"
 
 
 def percent(value: float | None) -> str:

@@ -140,17 +140,21 @@ def _check_embedding(name: str) -> None:
 def _tables(record: Mapping[str, Any]) -> "list[Table]":
     from rich.table import Table
 
-    from hstu_cli.commands.bench import bar, overview, percent, ratio, spread
+    from hstu_cli.commands.bench import bar, overview, percent, ratio, speedup_text, spread
     from hstu_cli.report import format_value
 
     published = any(row.get("published_ms") for row in record["rows"])
     table = Table(title="Total of all batches", title_justify="left")
-    names = ["Users", "Variant", "ms: median (range)", "of roofline", "Speed-up", "Limit", ""]
+    names = ["Users", "Variant", "ms (range)", "of roofline", "Speed-up (range)", "Limit", ""]
     if published:
         names += [f"{record['device']['requested'].upper()}, published: ms"]
     names += ["Logits differ by"]
     for name in names:
-        table.add_column(name, justify="left" if name in ("", "Variant") else "right", no_wrap=name in ("", "Variant"))
+        table.add_column(
+            name,
+            justify="left" if name in ("", "Variant") else "right",
+            no_wrap="range" in name or name in ("", "Variant"),
+        )
     for row in record["rows"]:
         start = [f"{row['num_users']}", row["variant"]]
         theirs = [format_value(row["published_ms"])] if published else []
@@ -162,7 +166,7 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
             *start,
             spread(row["total_latency_ms"]),
             percent(row["roofline_fraction"]),
-            ratio(speedup),
+            speedup_text(speedup, row["speedup_range"]),
             ratio(limit),
             bar(speedup, limit),
             *theirs,

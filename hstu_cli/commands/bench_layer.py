@@ -146,19 +146,21 @@ def _grouped(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], list[Ma
 def _tables(record: Mapping[str, Any]) -> "list[Table]":
     from rich.table import Table
 
-    from hstu_cli.commands.bench import bar, overview, percent, ratio, spread
+    from hstu_cli.commands.bench import bar, overview, percent, ratio, speedup_text, spread
     from hstu_cli.report import format_value
 
     tables = [overview(record)]
     published = any(row.get("published_ms") or row.get("published_speedup") for row in record["rows"])
-    names = ["History", "Cached", "Impl", "ms: median (range)", "TFLOP/s", "of roofline", "Speed-up", "Limit", ""]
+    names = ["History", "Cached", "Impl", "ms (range)", "TFLOP/s", "of roofline", "Speed-up (range)", "Limit", ""]
     if published:
         names += [f"{record['device']['requested'].upper()}, published: ms", "speed-up"]
     names += ["Error"]
     for (candidates, batch), rows in _grouped(record["rows"]).items():
         table = Table(title=f"{candidates} candidates, batch size {batch}", title_justify="left")
         for name in names:
-            table.add_column(name, justify="left" if name in ("", "Impl") else "right", no_wrap=name == "")
+            table.add_column(
+                name, justify="left" if name in ("", "Impl") else "right", no_wrap="range" in name or not name
+            )
         for row in rows:
             start = [f"{row['history_length']:,}", f"{row['cached_length']:,}", row["impl"]]
             if "skipped" in row:
@@ -171,7 +173,7 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
                 spread(row["latency_ms"]),
                 format_value(row["tflops"]),
                 percent(row["roofline_fraction"]),
-                ratio(speedup),
+                speedup_text(speedup, row["speedup_range"]),
                 ratio(limit),
                 bar(speedup, limit),
                 *theirs,
