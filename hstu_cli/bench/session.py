@@ -1,7 +1,7 @@
 """What one run of a benchmark shares: the device, its ceilings, how often, and what went wrong."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch.profiler import profile, record_function
 
 from hstu_cli.backend import Backend
 from hstu_cli.bench.ceilings import Ceilings
+from hstu_cli.config import MODEL_PRESETS, ModelConfig, resolve_model_config
 from hstu_cli.errors import RunError
+from hstu_cli.hardware import HardwarePreset
 from hstu_cli.timing import Case, CpuWatch, latency_summary, measure, noise_warnings
 
 MEMORY_SHARE = 0.8
@@ -103,3 +105,11 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
 def wider(dtype: torch.dtype) -> torch.dtype:
     """The dtype whose results count as exact for another."""
     return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def benchmark_config(name_or_path: str | None, preset: HardwarePreset | None) -> ModelConfig:
+    """The model of a benchmark: what the user names, else `benchmark` with the heads that suit a hardware preset."""
+    if name_or_path is not None:
+        return resolve_model_config(name_or_path)
+    config = MODEL_PRESETS["benchmark"]
+    return replace(config, num_heads=preset.num_heads, head_dim=preset.head_dim) if preset else config

@@ -1,15 +1,14 @@
 """What a run needs before it starts: a model for the data at hand, and a cache of the right size."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from hstu_cli.backend import Backend
 from hstu_cli.bench.requests import RequestSource
-from hstu_cli.config import MODEL_PRESETS, ModelConfig, resolve_model_config
+from hstu_cli.config import ModelConfig
 from hstu_cli.data.dataset import PreparedDataset
 from hstu_cli.errors import RunError
-from hstu_cli.hardware import HardwarePreset
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
 from hstu_cli.kvcache.manager import kv_bytes_per_token
 from hstu_cli.model.ranking import RankingModel, random_model
@@ -71,11 +70,3 @@ def random_model_for(dataset: PreparedDataset, config: ModelConfig, backend: Bac
             "Choose a narrower --config such as tiny, or pass a --checkpoint."
         )
     return random_model(config, {name: torch.from_numpy(keys) for name, keys in ids.items()}, sizes, seed=seed)
-
-
-def benchmark_config(name_or_path: str | None, preset: HardwarePreset | None) -> ModelConfig:
-    """The model of a benchmark: what the user names, else `benchmark` with the heads that suit a hardware preset."""
-    if name_or_path is not None:
-        return resolve_model_config(name_or_path)
-    config = MODEL_PRESETS["benchmark"]
-    return replace(config, num_heads=preset.num_heads, head_dim=preset.head_dim) if preset else config

@@ -58,7 +58,7 @@ def bench_e2e(
     chosen = _parse_variants(variants)
     _check_embedding(embedding)
     from hstu_cli.bench.e2e import GrowingUsers, dry_rows, run_e2e_benchmark
-    from hstu_cli.bench.setup import benchmark_config
+    from hstu_cli.bench.session import benchmark_config
     from hstu_cli.charts import check_plot
     from hstu_cli.commands import bench
     from hstu_cli.commands.opening import open_run

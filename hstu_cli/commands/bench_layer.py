@@ -72,7 +72,7 @@ def bench_layer(
     if compare not in (None, "eager"):
         raise UsageError(f"--compare knows eager, not {compare!r}.")
     from hstu_cli.bench.layer import LayerGrid, LayerGroup, dry_rows, run_layer_benchmark, scaled_grid
-    from hstu_cli.bench.setup import benchmark_config
+    from hstu_cli.bench.session import benchmark_config
     from hstu_cli.charts import check_plot
     from hstu_cli.commands import bench
     from hstu_cli.commands.opening import open_run
