@@ -146,14 +146,18 @@ class CacheMachine(RuleBasedStateMachine):
         self.drop_stale([user])
         self.backend.submissions_until_failure = after
         host_before = self.cache.host.users() if self.cache.host else []
+        held = len(self.cache.host.get(user).pages) if user in host_before else 0
         device_before = {u: list(self.cache.device.get(u).pages) for u in self.cache.device.users()}
         try:
             batch = self.prepare([user])
         except CopyFailedError:
-            for u, pages in device_before.items():
-                entry = self.cache.device.get(u)
-                written_back = self.cache.host.get(u) is not None or len(pages) > self.cache.host.pool.num_pages
-                assert u == user or written_back or entry.pages == pages
+            gone = {u: pages for u, pages in device_before.items() if u != user and not self.cache.device.get(u)}
+            kept = {u: pages for u, pages in device_before.items() if u != user and u not in gone}
+            assert all(self.cache.device.get(u).pages == pages for u, pages in kept.items())
+            lost = [u for u in gone if not self.cache.host.get(u)]
+            written = sum(len(pages) for u, pages in gone.items() if u not in lost)
+            # Victims are dropped only where those written back and what the batch needs leave no room.
+            assert all(len(gone[u]) > self.cache.host.pool.num_pages - held - written for u in lost)
             assert self.backend.num_pending == 0
             self.follow_books(host_before)
         else:
