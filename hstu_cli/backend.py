@@ -22,6 +22,7 @@ from hstu_cli.hardware import (
     cpu_name,
     keep_freed_memory,
     physical_memory_bytes,
+    release_freed_memory,
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,6 +108,10 @@ class Backend:
     def tune_process(self) -> None:
         """Set what makes this whole process faster on the device; for programs, not for a library's caller."""
         keep_freed_memory()
+
+    def release_memory(self) -> None:
+        """Give freed memory back, so that `available_memory_bytes` counts it."""
+        release_freed_memory()
 
     def synchronize(self) -> None:
         """Wait until all queued work is done."""
@@ -199,7 +204,12 @@ class StreamBackend(Backend):
         return self.module().mem_get_info(self.device.index)[0]
 
     def tune_process(self) -> None:
-        """See `Backend`: nothing, torch's allocator of the device keeps what is freed."""
+        """See `Backend`: this is the device that streams and events mean where they name none."""
+        self.module().set_device(self.device.index)
+
+    def release_memory(self) -> None:
+        """See `Backend`."""
+        self.module().empty_cache()
 
     def synchronize(self) -> None:
         """See `Backend`."""

@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,10 +75,24 @@ def keep_freed_memory() -> None:
     every 4 KB: more than the arithmetic of a layer costs on some machines. Affects the process.
     """
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+    mallopt = _c_function("mallopt")
+    if mallopt is None:
         return
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, 2**31 - 1)
     mallopt(m_top_pad, 64 << 20)
+
+
+def release_freed_memory() -> None:
+    """Give what `keep_freed_memory` kept back to the system."""
+    malloc_trim = _c_function("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(ctypes.c_size_t(0))
+
+
+def _c_function(name: str) -> Callable[..., int] | None:
+    """A function of the C library, or None where it has no such one."""
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):
+        return None

@@ -88,9 +88,11 @@ class Reporter:
         """
         try:
             yield self.record
-        except (HstuError, KeyboardInterrupt) as error:
+        except BrokenPipeError:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
             self.record["status"] = "invalid"
-            self.record["reasons"].append("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
+            self.record["reasons"].append(_reason(error))
             self._finish(tables(self.record))
             raise
         self._finish(tables(self.record))
@@ -203,6 +205,15 @@ def format_value(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:,.4g}"
+
+
+def _reason(error: BaseException) -> str:
+    """Why a run is invalid, in a line."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, HstuError):
+        return str(error)
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _num_threads() -> int:

@@ -130,3 +130,11 @@ def test_plots_show_totals_and_speedups(tmp_path) -> None:
     text = path.read_text()
     assert "Total of all batches" in text
     assert "<svg" in text
+
+
+def test_many_candidates_are_scored_in_one_pass() -> None:
+    """Otherwise the baseline recomputes the history for each chunk, and beats a limit that does not count that."""
+    arguments = ["--history-step", "10", "--num-batches", "2", "--candidates", "90", "--num-users", "1"]
+    record = record_of("bench-e2e", "--config", "tiny", *arguments, "--num-iters", "1")
+    assert TINY.max_candidates < record["model"]["max_candidates"] == 90
+    assert "No case could run" in invoke("bench-e2e", "--config", "tiny", *arguments, "--variants", GRAPH).stderr

@@ -10,13 +10,21 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 from support.cli import failure_of, invoke, record_of
 
 import hstu_cli.kvcache.batch as cache_batch
-from hstu_cli.bench.layer import LayerGrid, scaled_grid
+from hstu_cli.backend import Event
+from hstu_cli.bench import block
+from hstu_cli.bench.ceilings import Ceilings
+from hstu_cli.bench.layer import LayerGrid, LayerGroup, scaled_grid
 from hstu_cli.bench.published import published_layer
 from hstu_cli.commands import bench
+from hstu_cli.config import MODEL_PRESETS
+from hstu_cli.kvcache.transfers import TransferJob
+from hstu_cli.model import layer
 
+ONE = ["--history", "48", "--candidates", "0", "--batch-size", "1"]
 SMALL = ["bench-layer", "--config", "tiny", "--num-iters", "2"]
 GRID = ["--history", "48,33", "--cached", "1/2,31/32,7", "--candidates", "0,5", "--batch-size", "1,3"]
 MEASURED = {
@@ -79,9 +87,84 @@ def test_a_wrong_output_invalidates_the_run(spoil, monkeypatch: pytest.MonkeyPat
     assert len(record["rows"]) == 2
 
 
+def test_an_uncached_output_that_rounding_cannot_explain_invalidates_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "hstu_attention", lambda q, *rest, **named: torch.randn_like(q))
+    result = invoke(*SMALL, *ONE, "--cached", "0", "--format", "json")
+    assert result.exit_code == 1
+    assert "uncached: output error" in json.loads(result.stdout)["reasons"][0]
+
+
+def test_pages_that_were_not_copied_from_the_host_invalidate_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block, "start_transfer", lambda *arguments: TransferJob([Event()] * 2))
+    result = invoke(*SMALL, *ONE, "--cached", "1/2", "--cache-tier", "host", "--format", "json")
+    assert result.exit_code == 1
+    assert "output error nan" in json.loads(result.stdout)["reasons"][0]
+
+
+def test_the_limit_of_the_host_tier_counts_the_copy() -> None:
+    def least(rate: float) -> float:
+        return Ceilings(1e12, 1e10, rate, 1, 1).least_ms(1e9, 1e6, onload_bytes=1e8)
+
+    assert (least(1e9), least(1e15)) == (100.0, 1.0)
+    group = LayerGroup(3, 48, 0, (0, 24))
+    assert group.onload_bytes(MODEL_PRESETS["tiny"], 24, 2) == 3 * 24 * 2 * 2 * 64 * 2  # layers, k and v, width, bytes
+
+
+def test_a_group_that_runs_out_of_memory_is_skipped_and_the_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = block.BlockWorkload.uncached
+
+    def greedy(self, x, impl):
+        if self.num_history == 33:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(self, x, impl)
+
+    monkeypatch.setattr(block.BlockWorkload, "uncached", greedy)
+    rows = record_of(*SMALL, "--history", "33,48", "--cached", "0", "--candidates", "0", "--batch-size", "1")["rows"]
+    assert [row.get("skipped") for row in rows] == ["ran out of memory", None]
+
+
+def test_an_unexpected_error_keeps_what_is_finished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right = block.BlockWorkload.uncached
+
+    def broken(self, x, impl):
+        if self.num_history == 48:
+            raise RuntimeError("a bug")
+        return right(self, x, impl)
+
+    monkeypatch.setattr(block.BlockWorkload, "uncached", broken)
+    arguments = ["--history", "33,48", "--cached", "0", "--candidates", "0", "--batch-size", "1"]
+    with pytest.raises(RuntimeError, match="a bug"):
+        invoke(*SMALL, *arguments, "--output-json", tmp_path / "record.json")
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert (record["status"], record["reasons"]) == ("invalid", ["RuntimeError: a bug"])
+    assert [row["history_length"] for row in record["rows"]] == [33]
+
+
+def test_an_interruption_before_the_first_case_leaves_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure_ceilings", interrupted)
+    result = invoke(*SMALL, *ONE, "--format", "json")
+    assert result.exit_code == 130
+    record = json.loads(result.stdout)
+    assert (record["reasons"], record["rows"]) == (["interrupted"], [])
+
+
+def test_nothing_that_could_run_is_no_result() -> None:
+    result = invoke(*SMALL, "--history", "999999", "--batch-size", "1000000", "--candidates", "0", "--format", "json")
+    assert result.exit_code == 1
+    assert "No case could run: needs about" in json.loads(result.stdout)["reasons"][0]
+
+
+def test_a_profile_that_cannot_be_written_is_found_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "--profile" in failure_of(4, *SMALL, *ONE, "--profile", tmp_path / "file" / "traces")
+
+
 def test_a_case_beyond_memory_is_a_row_with_its_reason() -> None:
     rows = record_of(
-        *SMALL, "--history", "64", "--cached", "0", "--candidates", "0", "--batch-size", "2,4000000"
+        *SMALL, "--history", "64", "--cached", "0", "--candidates", "0", "--batch-size", "2,1000000"
     )["rows"]  # fmt: skip
     assert [("skipped" in row) for row in rows] == [False, True]
     assert re.fullmatch(r"needs about [\d,.]+ GB, [\d,.]+ GB are available", rows[1]["skipped"])
@@ -103,8 +186,8 @@ def test_dry_run_lists_costs_and_runs_nothing() -> None:
     [
         (["--history", "128,4096", "--cached", "3968"], "--cached 3968 is more than --history 128"),
         (["--history", "128", "--cached", "128"], "leaves nothing to compute"),
-        (["--batch-size", "0"], "--batch-size takes numbers from 1, not 0"),
-        (["--candidates", "-3"], "--candidates takes numbers from 0, not -3"),
+        (["--batch-size", "0"], "--batch-size takes numbers from 1 to 1,000,000, not 0"),
+        (["--candidates", "-3"], "--candidates takes numbers from 0 to 1,000,000, not -3"),
         (["--history", "0"], "--history takes numbers from 1"),
         (["--history", "many"], "--history takes whole numbers"),
         (["--history", ""], "--history takes whole numbers"),
@@ -225,7 +308,7 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path: Path) -> None:
     ]
 
     def first_group_is_done() -> bool:
-        for trace in (tmp_path / "traces").glob("*history-16*"):
+        for trace in (tmp_path / "traces").glob("*history-64*"):  # traced after the first group was timed
             return trace.read_text().rstrip().endswith("}")
         return False
 

@@ -67,6 +67,26 @@ def test_an_invalid_record_is_compared_with_a_warning(measured: dict[str, Any], 
     assert len(json.loads(result.stdout)["rows"]) == 1
 
 
+def test_with_a_bar_to_clear_only_whole_valid_records_pass(measured: dict[str, Any], tmp_path: Path) -> None:
+    a = saved(tmp_path / "a.json", measured)
+    wrong = saved(tmp_path / "wrong.json", measured, status="invalid", reasons=["output wrong"])
+    part = saved(tmp_path / "part.json", measured, rows=measured["rows"][:2])
+    assert "cannot be judged" in invoke("compare", a, wrong, "--fail-below", "0.1").stderr
+    assert "B lacks 2 of A's cases" in invoke("compare", a, part, "--fail-below", "0.1").stderr
+    assert [invoke("compare", a, b, "--fail-below", "0.1").exit_code for b in (wrong, part, a)] == [1, 1, 0]
+    record = record_of("compare", a, part)
+    assert [len(record[name]) for name in ("rows", "only_in_a", "only_in_b")] == [2, 2, 0]
+
+
+def test_implementations_and_tiers_can_be_compared(measured: dict[str, Any], tmp_path: Path) -> None:
+    a = saved(tmp_path / "a.json", measured)
+    rows = [row | {"impl": "other", "cache_tier": row["cache_tier"] and "host"} for row in measured["rows"]]
+    b = saved(tmp_path / "b.json", measured, rows=rows)
+    assert len(record_of("compare", a, b)["rows"]) == 4
+    several = saved(tmp_path / "c.json", measured, rows=[*rows, *(row | {"impl": "third"} for row in rows)])
+    assert "no measured case in common" in invoke("compare", a, several).stderr
+
+
 def test_records_of_infer_are_one_case(tmp_path: Path) -> None:
     path = tmp_path / "infer.json"
     record_of("infer", "--config", "tiny", "--steps", "2", "--output-json", path)
@@ -82,6 +102,10 @@ def test_records_of_infer_are_one_case(tmp_path: Path) -> None:
         ("[]", "must hold a JSON object"),
         ("{}", "is no record of hstu"),
         ('{"command": "infer", "schema_version": 9}', "schema_version 9"),
+        ('{"command": "infer", "schema_version": 1, "rows": 5}', "is damaged"),
+        ('{"command": "infer", "schema_version": 1, "rows": null}', "is damaged"),
+        ('{"command": "infer", "schema_version": 1, "rows": [5], "reasons": null}', "is damaged"),
+        ('{"command": "infer", "schema_version": 1, "latency_ms": {"p50": "abc"}}', "is damaged"),
     ],
 )
 def test_files_that_are_no_records_are_refused(content: str | None, message: str, tmp_path: Path) -> None:

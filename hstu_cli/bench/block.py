@@ -10,7 +10,6 @@ from hstu_cli.config import ModelConfig
 from hstu_cli.kvcache.batch import PagedAttention
 from hstu_cli.kvcache.storage import PageStorage
 from hstu_cli.kvcache.transfers import PageCopy, TransferJob, start_transfer
-from hstu_cli.model.cost import SequenceShape
 from hstu_cli.model.layer import HSTUBlock, JaggedAttention
 
 # Shapes: B sequences of n history and c candidate tokens, D hidden_dim.
@@ -61,10 +60,6 @@ class BlockWorkload:
         self.storage = PageStorage(backend.device_tensor(shape, weight.dtype))
         self.page_ids = torch.randperm(num_pages, generator=generator).view(batch_size, self.pages_each)  # on the host
         self._host: PageStorage | None = None
-
-    def shapes(self, num_cached: int) -> list[SequenceShape]:
-        """The sequences of the batch with so many tokens cached."""
-        return [SequenceShape(self.num_history, num_cached, self.num_candidates)] * self.batch_size
 
     def new_tokens(self, num_cached: int) -> torch.Tensor:
         """The tokens that are not cached, [B * (n - num_cached + c), D]."""
@@ -119,6 +114,10 @@ class BlockWorkload:
         pages = self.storage.pages
         self._host = PageStorage(self.backend.host_tensor(pages.shape, pages.dtype))
         self._host.pages.copy_(pages)
+
+    def forget_device_pages(self) -> None:
+        """Make the pages useless, so that only what is copied from the host can be right."""
+        self.storage.pages.fill_(torch.nan)
 
     def _start_onload(self, num_cached: int) -> TransferJob:
         if self._host is None:

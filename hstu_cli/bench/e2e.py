@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hstu_cli.bench.published import published_e2e_ms
-from hstu_cli.bench.session import BenchSession, Progress, relative_error, wider
+from hstu_cli.bench.session import BenchSession, Progress, ran_out_of_memory, relative_error, wider
 from hstu_cli.config import ModelConfig
 from hstu_cli.errors import UsageError
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
@@ -80,7 +80,7 @@ class GrowingUsers:
         tokens = config.num_context_tokens + self.history_step * self.num_batches
         return self.num_users * -(-tokens // page_size)
 
-    def memory_bytes(self, config: ModelConfig, itemsize: int, page_size: int) -> int:
+    def memory_bytes(self, config: ModelConfig, itemsize: int, page_size: int, *, dense: bool) -> int:
         """About what the run needs at a time: weights twice (one copy is exact), pages, intermediates."""
         pages = self.pages(config, page_size) * page_size * config.num_layers * 2 * config.attention_dim
         tables = (NUM_ITEMS + config.position_buckets) * config.hidden_dim
@@ -88,7 +88,7 @@ class GrowingUsers:
         return (
             (itemsize + max(4, 2 * itemsize)) * (block_parameters(config) + tables)
             + itemsize * pages
-            + 2 * activation_bytes(config, largest, itemsize, dense=False)
+            + 2 * activation_bytes(config, largest, itemsize, dense=dense)
         )
 
 
@@ -133,15 +133,25 @@ def run_e2e_benchmark(
     model = model.to(session.backend.device, session.dtype)
     for done, workload in enumerate(workloads):
         on_group(done, len(workloads))
-        lacking = session.memory_lacking(workload.memory_bytes(config, session.dtype.itemsize, page_size))
+        lacking = session.memory_lacking(
+            workload.memory_bytes(config, session.dtype.itemsize, page_size, dense=impl == "reference")
+        )
         reasons = {name: lacking or _why_not(session, name) for name in variants}
-        runs = []
-        for name in dict.fromkeys((BASELINE, *variants)):  # the baseline is what the others are compared with
-            if reasons.get(name, lacking) is None:
-                pool = KVCacheConfig(workload.pages(config, page_size), page_size)
-                cache = KVCacheManager(pool, config, session.dtype, session.backend) if name != BASELINE else None
-                runs.append(_Variant(name, InferenceEngine(model, impl, cache)))
-        measured = _measured(session, workload, runs, config, exact, seed) if runs else {}
+        runs: list[_Variant] = []
+        runnable = [name for name in variants if reasons[name] is None]
+        for name in (
+            dict.fromkeys((BASELINE, *runnable)) if runnable else ()
+        ):  # the others are compared with the baseline
+            pool = KVCacheConfig(workload.pages(config, page_size), page_size)
+            cache = KVCacheManager(pool, config, session.dtype, session.backend) if name != BASELINE else None
+            runs.append(_Variant(name, InferenceEngine(model, impl, cache)))
+        measured = {}
+        try:
+            measured = _measured(session, workload, runs, config, exact, seed) if runs else {}
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            reasons |= dict.fromkeys(runnable, "ran out of memory")
         for name in variants:
             row = {
                 "batch_size": workload.num_users,
@@ -163,7 +173,13 @@ def run_e2e_benchmark(
 
 
 def dry_rows(
-    workloads: Sequence[GrowingUsers], variants: Sequence[str], config: ModelConfig, itemsize: int, page_size: int
+    workloads: Sequence[GrowingUsers],
+    variants: Sequence[str],
+    config: ModelConfig,
+    itemsize: int,
+    *,
+    impl: str,
+    page_size: int,
 ) -> Iterator[dict[str, Any]]:
     """The cases of a run and what they would cost."""
     for workload in workloads:
@@ -174,7 +190,7 @@ def dry_rows(
                 "variant": name,
                 "flops": flops,
                 "bytes": num_bytes,
-                "memory_bytes": workload.memory_bytes(config, itemsize, page_size),
+                "memory_bytes": workload.memory_bytes(config, itemsize, page_size, dense=impl == "reference"),
                 "speedup_limit": workload.cost(config, itemsize, cached=False)[0] / flops,
             }
 
@@ -196,7 +212,7 @@ def _measured(
     group = f"{workload.num_users} users"
     samples = session.measure(group, cases)
     base = runs[0]
-    budget = 2 * (_rounding(base, batches, exact) + torch.finfo(session.dtype).eps)
+    budget = session.check_rounding(group, _rounding(base, batches, exact))
     base_flops, base_bytes = workload.cost(config, session.dtype.itemsize, cached=False)
     measured = {}
     for run in runs:
@@ -204,8 +220,8 @@ def _measured(
         errors = [relative_error(torch.from_numpy(own), torch.from_numpy(expected)) for own, expected in pairs]
         session.check(f"{group}, {run.name}", max(errors), budget)
         flops, num_bytes = workload.cost(config, session.dtype.itemsize, cached=run.name != BASELINE)
-        rates = session.rates(samples[run.name], flops, num_bytes)
         least = session.ceilings.least_ms
+        rates = session.rates(samples[run.name], flops, least(flops, num_bytes))
         speedup = paired_ratio(samples[BASELINE], samples[run.name])
         measured[run.name] = {
             "total_ms": rates["latency_ms"]["p50"],

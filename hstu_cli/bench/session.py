@@ -16,6 +16,9 @@ from hstu_cli.errors import RunError
 from hstu_cli.hardware import HardwarePreset
 from hstu_cli.timing import Case, CpuWatch, latency_summary, measure, noise_warnings
 
+MOST_ROUNDING = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+"""The most that rounding may do to an uncached output, relative, by dtype; beyond it something is wrong."""
+
 MEMORY_SHARE = 0.8
 """Share of the available memory that a case may take by its estimate."""
 
@@ -24,8 +27,8 @@ MEMORY_SHARE = 0.8
 class BenchSession:
     """The settings of a run, and the samples and failures that its cases leave behind.
 
-    profile_dir: a trace of one more round of each group
-    of cases goes there.
+    profile_dir: a trace of a round of each group of cases
+    goes there.
     """
 
     backend: Backend
@@ -40,27 +43,39 @@ class BenchSession:
 
     def measure(self, group: str, cases: Sequence[Case]) -> dict[str, np.ndarray]:
         """Milliseconds of each case, float64 [iterations, steps]; see `hstu_cli.timing.measure`."""
-        samples = measure(cases, self.backend, warmup=self.warmup, iterations=self.iterations)
-        self._samples |= {f"{group}, {name}": values for name, values in samples.items()}
         if self.profile_dir is not None:
             self._trace(group, cases)
+        samples = measure(cases, self.backend, warmup=self.warmup, iterations=self.iterations)
+        self._samples |= {f"{group}, {name}": values for name, values in samples.items()}
         return samples
 
-    def rates(self, samples_ms: np.ndarray, flops: float, num_bytes: float) -> dict[str, Any]:
-        """`latency_ms, tflops, roofline_fraction` of a case with samples [iterations, steps], summed over its steps."""
+    def rates(self, samples_ms: np.ndarray, flops: float, least_ms: float) -> dict[str, Any]:
+        """`latency_ms, tflops, roofline_fraction` of a case with samples [iterations, steps], summed over its steps.
+
+        least_ms: the least time that the ceilings allow.
+        """
         latency = latency_summary(samples_ms.sum(axis=-1))
         return {
             "latency_ms": latency,
             "tflops": flops / latency["p50"] * 1e-9,
-            "roofline_fraction": self.ceilings.least_ms(flops, num_bytes) / latency["p50"],
+            "roofline_fraction": least_ms / latency["p50"],
         }
 
     def memory_lacking(self, num_bytes: float) -> str | None:
         """Why a case of so many bytes is left out, or None where it fits."""
+        self.backend.release_memory()
         available = self.backend.available_memory_bytes
         if num_bytes <= MEMORY_SHARE * available:
             return None
         return f"needs about {num_bytes / 1e9:,.1f} GB, {available / 1e9:,.1f} GB are available"
+
+    def check_rounding(self, what: str, error: float) -> float:
+        """The budget of what is compared with an uncached result that is itself so far from the exact one.
+
+        Twice that error and rounding; the error itself must be one that rounding can explain.
+        """
+        self.check(f"{what}, uncached", error, MOST_ROUNDING.get(self.dtype, 0.0))
+        return 2 * (error + torch.finfo(self.dtype).eps)
 
     def check(self, what: str, error: float, budget: float) -> None:
         """Note a case whose output is off by more than it may be, or not finite."""
@@ -77,8 +92,11 @@ class BenchSession:
             raise RunError("; ".join(self.failures))
 
     def _trace(self, group: str, cases: Sequence[Case]) -> None:
-        """One more round of each case under torch's profiler, as a trace for Perfetto or chrome://tracing."""
-        assert self.profile_dir is not None
+        """A round of each case under torch's profiler, as a trace for Perfetto or chrome://tracing."""
+        for case in cases:  # first calls load and compile
+            case.prepare()
+            for step in case.steps:
+                step()
         with profile(activities=torch.profiler.supported_activities()) as trace:
             for case in cases:
                 case.prepare()
@@ -86,9 +104,16 @@ class BenchSession:
                     for step in case.steps:
                         step()
                     self.backend.synchronize()
-        self.profile_dir.mkdir(parents=True, exist_ok=True)
         name = "".join(c if c.isalnum() else "-" for c in group)
         trace.export_chrome_trace(str(self.profile_dir / f"{name}.json"))
+
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory did not suffice; a CPU's allocator says so in words alone."""
+    return isinstance(error, OUT_OF_MEMORY) or "can't allocate memory" in str(error)
 
 
 Progress = Callable[[int, int], None]

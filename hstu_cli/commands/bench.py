@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from hstu_cli.bench.ceilings import measure_ceilings
 from hstu_cli.bench.session import BenchSession
 from hstu_cli.charts import Panel, write_plot
 from hstu_cli.commands.opening import Opened
+from hstu_cli.errors import InputError, RunError
 from hstu_cli.report import format_value, key_value_table
 
 if TYPE_CHECKING:
@@ -39,37 +41,57 @@ def say_scaled(opened: Opened, message: str) -> None:
     opened.reporter.warn(f"Scaled for a CPU to {opened.reporter.record['scaled']}.")
 
 
-def open_session(opened: Opened, *, warmup: int, iterations: int, profile_dir: Path | None) -> BenchSession:
-    """Measure the machine's ceilings, which go into the record, and make the session of a run."""
-    ceilings = measure_ceilings(opened.backend, opened.dtype)
-    opened.reporter.record["ceilings"] = ceilings.to_dict()
-    return BenchSession(opened.backend, opened.dtype, ceilings, warmup, iterations, profile_dir)
+@dataclass(slots=True)
+class Run:
+    """A benchmark under way: its session, the rows so far, and a line about its progress."""
+
+    session: BenchSession
+    rows: list[dict[str, Any]]
+    progress: "ProgressLine"
 
 
 @contextmanager
 def benchmark(
     opened: Opened,
-    session: BenchSession,
     tables: Callable[[Mapping[str, Any]], list[Table]],
-    panels: Callable[[Sequence[Mapping[str, Any]]], list[Panel]],
+    panels: Callable[[Mapping[str, Any]], list[Panel]],
+    *,
+    warmup: int,
+    iterations: int,
     plot: Path | None,
-) -> Iterator[tuple[list[dict[str, Any]], "ProgressLine"]]:
-    """A run that fills the record's rows one by one: what is finished comes out in any case."""
-    reporter = opened.reporter
-    rows: list[dict[str, Any]] = []
-    reporter.record["rows"] = rows
-    reporter.record["warnings"] = []
-    with reporter.running(tables) as record, reporter.progress() as progress:
+    profile: Path | None,
+) -> Iterator[Run]:
+    """A run that measures the machine's ceilings and fills the record's rows one by one.
+
+    What is finished comes out in any case. Raises InputError where the profile's folder cannot be
+    made, RunError where an output was wrong or no case could run.
+    """
+    if profile is not None:
         try:
-            yield rows, progress
-            session.raise_failures()
+            profile.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--profile {profile} cannot be made: {error.strerror or error}.") from error
+    reporter = opened.reporter
+    reporter.record |= {"rows": [], "warnings": []}
+    with reporter.running(tables) as record, reporter.progress() as progress:
+        progress.stage("measuring the machine")
+        ceilings = measure_ceilings(opened.backend, opened.dtype)
+        record["ceilings"] = ceilings.to_dict()
+        session = BenchSession(opened.backend, opened.dtype, ceilings, warmup, iterations, profile)
+        progress.stage("timing")
+        try:
+            yield Run(session, record["rows"], progress)
         finally:
             record["warnings"] = session.warnings()
             for warning in record["warnings"]:
                 reporter.warn(warning)
-            if plot is not None and any("skipped" not in row for row in rows):
-                title = f"hstu {record['command']}: {record['device']['name']}"
-                write_plot(plot, title, panels(rows), tables(record), record)
+        if plot is not None and any("skipped" not in row for row in record["rows"]):
+            title = f"hstu {record['command']}: {record['device']['name']}, {record['device']['dtype']}"
+            write_plot(plot, title, panels(record), tables(record), record)
+        session.raise_failures()
+        if all("skipped" in row for row in record["rows"]):
+            reasons = dict.fromkeys(row["skipped"] for row in record["rows"])
+            raise RunError(f"No case could run: {'; '.join(reasons)}.")
 
 
 def dry_run(opened: Opened, rows: Iterable[dict[str, Any]]) -> None:
@@ -82,7 +104,7 @@ def dry_run(opened: Opened, rows: Iterable[dict[str, Any]]) -> None:
 
 def overview(record: Mapping[str, Any]) -> Table:
     """Where and how the run was."""
-    device, ceilings = record["device"], record["ceilings"]
+    device, ceilings = record["device"], record.get("ceilings")
     title = f"hstu {record['command']}"
     if record["status"] != "valid":
         title += f" ({', '.join(record['reasons'])})"
@@ -91,12 +113,24 @@ def overview(record: Mapping[str, Any]) -> Table:
         {
             "Device": f"{device['name']} ({device['actual']}), {device['dtype']}",
             "Implementation": f"{device['impl']} ({device['impl_reason']})",
-            "Ceilings, measured": f"{ceilings['flops_per_s'] / 1e12:,.2f} TFLOP/s, "
-            f"{ceilings['bytes_per_s'] / 1e9:,.1f} GB/s",
+            **({"Ceilings, measured": _rates(ceilings)} if ceilings else {}),
             **({"Scaled": record["scaled"]} if record.get("scaled") else {}),
             **({"Warnings": "; ".join(record["warnings"])} if record.get("warnings") else {}),
         },
     )
+
+
+def _rates(ceilings: Mapping[str, Any]) -> str:
+    """The measured ceilings in a line."""
+    return (
+        f"{ceilings['flops_per_s'] / 1e12:,.2f} TFLOP/s, {ceilings['bytes_per_s'] / 1e9:,.1f} GB/s, "
+        f"{ceilings['onload_bytes_per_s'] / 1e9:,.1f} GB/s from host memory"
+    )
+
+
+def published_name(record: Mapping[str, Any]) -> str:
+    """How figures of the GPU that `--device` names are labelled: as its own, and in their dtype."""
+    return f"{record['device']['requested'].upper()}, published, bf16"
 
 
 def bar(speedup: float | None, limit: float | None) -> str:

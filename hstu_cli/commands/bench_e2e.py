@@ -1,6 +1,7 @@
 """`hstu bench-e2e`: whole requests of growing users, with and without the cache."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -78,36 +79,38 @@ def bench_e2e(
     )
     preset = opened.choice.preset
     model_config = benchmark_config(config, preset)
+    # The bound limits memory and never results; with fewer, the baseline would recompute the history for each chunk.
+    model_config = replace(model_config, max_candidates=max(candidates, model_config.max_candidates))
     workloads = [GrowingUsers(count, history_step, num_batches, candidates) for count in users]
     workloads[0].check(model_config)
     tokens = page_size or (preset.page_size if preset else 32)
     opened.reporter.record |= {"model": model_config.to_dict(), "page_size": tokens}
     if dry_run:
-        bench.dry_run(opened, dry_rows(workloads, chosen, model_config, opened.dtype.itemsize, tokens))
+        rows = dry_rows(workloads, chosen, model_config, opened.dtype.itemsize, impl=opened.impl.name, page_size=tokens)
+        bench.dry_run(opened, rows)
         return
-    session = bench.open_session(
-        opened, warmup=num_iters_warmup, iterations=num_iters or NUM_ITERS, profile_dir=profile
-    )
-    if opened.backend.type == "cpu" and not full:
+    iterations = NUM_ITERS if num_iters is None else num_iters
+    with bench.benchmark(
+        opened, _tables, _panels, warmup=num_iters_warmup, iterations=iterations, plot=plot, profile=profile
+    ) as run:
+        if opened.backend.type == "cpu" and not full and num_users is None:
+            slower = 5 if opened.impl.name == "reference" else 1  # a dense composition
 
-        def seconds() -> float:
-            kinds = {name != "baseline" for name in chosen} | {False}
-            flops = sum(
-                w.cost(model_config, opened.dtype.itemsize, cached=kind)[0] for kind in kinds for w in workloads
-            )
-            return bench.estimated_seconds(session, flops, session.warmup + session.iterations)
+            def seconds() -> float:
+                kinds = {name != "baseline" for name in chosen} | {False}
+                costs = [w.cost(model_config, opened.dtype.itemsize, cached=kind) for kind in kinds for w in workloads]
+                rounds = slower * (run.session.warmup + run.session.iterations)
+                return bench.estimated_seconds(run.session, sum(flops for flops, _ in costs), rounds)
 
-        while num_users is None and len(workloads) > 1 and seconds() > bench.CPU_SECONDS:
-            workloads.pop()
-        while num_iters is None and num_users is None and session.iterations > 1 and seconds() > bench.CPU_SECONDS:
-            session.iterations -= 1
-        if len(workloads) < len(users) or session.iterations < (num_iters or NUM_ITERS):
-            listed = ", ".join(str(workload.num_users) for workload in workloads)
-            bench.say_scaled(opened, f"{listed} of {NUM_USERS} users, {session.iterations} timed rounds")
-    with bench.benchmark(opened, session, _tables, _panels, plot) as (rows, progress):
-        progress.stage("timing")
+            while len(workloads) > 1 and seconds() > bench.CPU_SECONDS:
+                workloads.pop()
+            while num_iters is None and run.session.iterations > 1 and seconds() > bench.CPU_SECONDS:
+                run.session.iterations -= 1
+            if len(workloads) < len(users) or run.session.iterations < iterations:
+                listed = ", ".join(str(workload.num_users) for workload in workloads)
+                bench.say_scaled(opened, f"{listed} of {NUM_USERS} users, {run.session.iterations} timed rounds")
         for row in run_e2e_benchmark(
-            session,
+            run.session,
             model_config,
             workloads,
             chosen,
@@ -116,9 +119,9 @@ def bench_e2e(
             seed=seed,
             embedding="torch",
             preset=preset.name if preset and config is None else None,  # figures of this very model
-            on_group=lambda done, total: progress.count(done, total, "numbers of users"),
+            on_group=lambda done, total: run.progress.count(done, total, "numbers of users"),
         ):
-            rows.append(row)
+            run.rows.append(row)  # one by one, so that an interrupted run keeps what is finished
 
 
 def _parse_variants(text: str) -> tuple[str, ...]:
@@ -140,14 +143,14 @@ def _check_embedding(name: str) -> None:
 def _tables(record: Mapping[str, Any]) -> "list[Table]":
     from rich.table import Table
 
-    from hstu_cli.commands.bench import bar, overview, percent, ratio, speedup_text, spread
+    from hstu_cli.commands.bench import bar, overview, percent, published_name, ratio, speedup_text, spread
     from hstu_cli.report import format_value
 
     published = any(row.get("published_ms") for row in record["rows"])
     table = Table(title="Total of all batches", title_justify="left")
     names = ["Users", "Variant", "ms (range)", "of roofline", "Speed-up (range)", "Limit", ""]
     if published:
-        names += [f"{record['device']['requested'].upper()}, published: ms"]
+        names += [f"{published_name(record)}: ms"]
     names += ["Logits differ by"]
     for name in names:
         table.add_column(
@@ -175,10 +178,11 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
     return [overview(record), table]
 
 
-def _panels(rows: Sequence[Mapping[str, Any]]) -> "list[Panel]":
+def _panels(record: Mapping[str, Any]) -> "list[Panel]":
     from hstu_cli.charts import Panel
+    from hstu_cli.commands.bench import published_name
 
-    rows = [row for row in rows if "skipped" not in row]
+    rows = [row for row in record["rows"] if "skipped" not in row]
     users = list(dict.fromkeys(row["num_users"] for row in rows))
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     found = {(row["variant"], row["num_users"]): row for row in rows}
@@ -189,7 +193,7 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> "list[Panel]":
 
     totals = {variant: values("total_ms", variant) for variant in variants}
     totals |= {
-        f"{variant}, published": values("published_ms", variant)
+        f"{variant}, {published_name(record)}": values("published_ms", variant)
         for variant in variants
         if any(values("published_ms", variant))
     }

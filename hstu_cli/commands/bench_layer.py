@@ -100,35 +100,38 @@ def bench_layer(
         rows = dry_rows(grid, model_config, opened.dtype.itemsize, impl=opened.impl.name, page_size=tokens)
         bench.dry_run(opened, rows)
         return
-    session = bench.open_session(opened, warmup=num_iters_warmup, iterations=num_iters, profile_dir=profile)
-    if opened.backend.type == "cpu" and not full:
+    with bench.benchmark(
+        opened, _tables, _panels, warmup=num_iters_warmup, iterations=num_iters, plot=plot, profile=profile
+    ) as run:
+        if opened.backend.type == "cpu" and not full:
+            # A dense composition takes several times as long.
+            slower = 5 if grid.compare_eager or opened.impl.name == "reference" else 1
 
-        def seconds(group: LayerGroup) -> float:
-            flops = sum(group.cost(model_config, c, opened.dtype.itemsize)[0] for c in group.cached)
-            return bench.estimated_seconds(session, flops, num_iters_warmup + num_iters + 2)  # and the checks
+            def seconds(group: LayerGroup) -> float:
+                flops = sum(group.cost(model_config, c, opened.dtype.itemsize)[0] for c in group.cached)
+                rounds = num_iters_warmup + num_iters + 2  # and the checks
+                return bench.estimated_seconds(run.session, flops, rounds * slower)
 
-        given = {"histories": history, "candidates": candidates, "batch_sizes": batch_size}
-        free = {name for name, text in given.items() if text is None}
-        whole, grid = grid, scaled_grid(grid, free, bench.CPU_SECONDS, seconds)
-        if grid != whole:
-            bench.say_scaled(
-                opened,
-                f"histories {_listed(grid.histories)}, candidates {_listed(grid.candidates)}, "
-                f"batch sizes {_listed(grid.batch_sizes)}",
-            )
-    with bench.benchmark(opened, session, _tables, _panels, plot) as (rows, progress):
-        progress.stage("timing")
+            given = {"histories": history, "candidates": candidates, "batch_sizes": batch_size}
+            free = {name for name, text in given.items() if text is None}
+            whole, grid = grid, scaled_grid(grid, free, bench.CPU_SECONDS, seconds)
+            if grid != whole:
+                bench.say_scaled(
+                    opened,
+                    f"histories {_listed(grid.histories)}, candidates {_listed(grid.candidates)}, "
+                    f"batch sizes {_listed(grid.batch_sizes)}",
+                )
         for row in run_layer_benchmark(
-            session,
+            run.session,
             model_config,
             grid,
             impl=opened.impl.name,
             page_size=tokens,
             seed=seed,
             preset=preset.name if preset and config is None else None,  # figures of this very model
-            on_group=lambda done, total: progress.count(done, total, "groups of cases"),
+            on_group=lambda done, total: run.progress.count(done, total, "groups of cases"),
         ):
-            rows.append(row)
+            run.rows.append(row)  # one by one, so that an interrupted run keeps what is finished
 
 
 def _listed(values: Sequence[int]) -> str:
@@ -146,14 +149,14 @@ def _grouped(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], list[Ma
 def _tables(record: Mapping[str, Any]) -> "list[Table]":
     from rich.table import Table
 
-    from hstu_cli.commands.bench import bar, overview, percent, ratio, speedup_text, spread
+    from hstu_cli.commands.bench import bar, overview, percent, published_name, ratio, speedup_text, spread
     from hstu_cli.report import format_value
 
     tables = [overview(record)]
     published = any(row.get("published_ms") or row.get("published_speedup") for row in record["rows"])
     names = ["History", "Cached", "Impl", "ms (range)", "TFLOP/s", "of roofline", "Speed-up (range)", "Limit", ""]
     if published:
-        names += [f"{record['device']['requested'].upper()}, published: ms", "speed-up"]
+        names += [f"{published_name(record)}: ms", "speed-up"]
     names += ["Error"]
     for (candidates, batch), rows in _grouped(record["rows"]).items():
         table = Table(title=f"{candidates} candidates, batch size {batch}", title_justify="left")
@@ -183,11 +186,12 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
     return tables
 
 
-def _panels(rows: Sequence[Mapping[str, Any]]) -> "list[Panel]":
+def _panels(record: Mapping[str, Any]) -> "list[Panel]":
     from hstu_cli.charts import Panel
+    from hstu_cli.commands.bench import published_name
 
     panels = []
-    for (candidates, batch), group in _grouped([row for row in rows if "skipped" not in row]).items():
+    for (candidates, batch), group in _grouped([row for row in record["rows"] if "skipped" not in row]).items():
         cases = list(dict.fromkeys((row["history_length"], row["cached_length"]) for row in group))
         impls = list(dict.fromkeys(row["impl"] for row in group))
         found = {(row["impl"], row["history_length"], row["cached_length"]): row for row in group}
@@ -200,7 +204,7 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> "list[Panel]":
 
         latency = {impl: values("latency_ms", impl) for impl in impls}
         if any(values("published_ms", impls[0])):
-            latency["published"] = values("published_ms", impls[0])
+            latency[published_name(record)] = values("published_ms", impls[0])
         speedup = {impl: values("speedup_vs_uncached", impl) for impl in impls}
         panels.append(Panel(f"Latency, {title}", "ms", labels, latency))
         panels.append(Panel(f"Speed-up, {title}", "x", labels, speedup, values("speedup_limit", impls[0])))

@@ -71,43 +71,77 @@ def compare(
         metadata=parse_metadata(metadata or []),
     )
     reporter.record |= {"env": environment(), "device": None, "compared": a["command"]}
+    invalid = {}
     for path, record in zip((first, second), records, strict=True):
         if record.get("status") != "valid":
-            reporter.warn(f"{path} is {record.get('status')}: {', '.join(record.get('reasons', []))}")
-    rows = _compared_rows(a, b)
+            invalid[path] = ", ".join(map(str, record.get("reasons") or ["no reason given"]))
+            reporter.warn(f"{path} is {record.get('status')}: {invalid[path]}")
+    ours, theirs = _cases(a, first), _cases(b, second)
+    pairs = _pairs(ours, theirs)
     with reporter.running(_tables) as record:
         record["differences"] = _differences(a, b)
-        record["rows"] = rows
-        if not rows:
+        record["rows"] = [
+            {"case": case, "a_ms": ours[one], "b_ms": theirs[other], "speed_ratio": ours[one] / theirs[other]}
+            for case, one, other in pairs
+        ]
+        record["only_in_a"] = [_name(key) for key in ours if key not in {one for _, one, _ in pairs}]
+        record["only_in_b"] = [_name(key) for key in theirs if key not in {other for _, _, other in pairs}]
+        if not pairs:
             raise RunError("The two records have no measured case in common.")
-        slow = [row for row in rows if fail_below is not None and row["speed_ratio"] < fail_below]
-        if slow:
-            worst = min(slow, key=lambda row: row["speed_ratio"])
-            raise RunError(
-                f"B is below {fail_below:g} of A's speed in {len(slow)} of {len(rows)} cases, "
-                f"at worst {worst['speed_ratio']:.3f} in {worst['case']}"
-            )
+        if fail_below is not None:
+            _judge(record, fail_below, invalid)
 
 
-def _compared_rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Cases that both records measured, in A's order."""
-    ours, theirs = _medians(a), _medians(b)
-    return [
-        {"case": case, "a_ms": ours[case], "b_ms": theirs[case], "speed_ratio": ours[case] / theirs[case]}
-        for case in ours
-        if case in theirs
-    ]
+def _judge(record: Mapping[str, Any], fail_below: float, invalid: Mapping[Path, str]) -> None:
+    """RunError where B is slower than it may be, lacks a case of A, or one of the records is not valid."""
+    if invalid:
+        raise RunError(f"{' and '.join(map(str, invalid))} cannot be judged: the run was not valid")
+    if record["only_in_a"]:
+        raise RunError(f"B lacks {len(record['only_in_a'])} of A's cases, {record['only_in_a'][0]} among them")
+    slow = [row for row in record["rows"] if row["speed_ratio"] < fail_below]
+    if slow:
+        worst = min(slow, key=lambda row: row["speed_ratio"])
+        raise RunError(
+            f"B is below {fail_below:g} of A's speed in {len(slow)} of {len(record['rows'])} cases, "
+            f"at worst {worst['speed_ratio']:.3f} in {worst['case']}"
+        )
 
 
-def _medians(record: Mapping[str, Any]) -> dict[str, float]:
-    """Median milliseconds by the name of the case; `hstu infer` is one case."""
-    medians = {}
-    for row in record.get("rows", [record]):
-        latency = row.get("total_latency_ms") or row.get("latency_ms") or {}
-        names = [f"{key} {row[key]}" for key in ROW_KEYS if "rows" in record and row.get(key) is not None]
-        if latency.get("p50"):
-            medians[", ".join(names) or record["command"]] = latency["p50"]
-    return medians
+Key = tuple[tuple[str, Any], ...]
+"""What names a case: fields of its row and their values."""
+
+
+def _cases(record: Mapping[str, Any], path: Path) -> dict[Key, float]:
+    """Median milliseconds of each measured case; `hstu infer` is one. InputError for a damaged record."""
+    cases: dict[Key, float] = {}
+    try:
+        for row in record.get("rows", [record]):
+            latency = row.get("total_latency_ms") or row.get("latency_ms") or {}
+            key = tuple((name, row[name]) for name in ROW_KEYS if "rows" in record and row.get(name) is not None)
+            if latency.get("p50"):
+                cases[key or (("command", record["command"]),)] = float(latency["p50"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: its rows are no rows of hstu ({error}).") from error
+    return cases
+
+
+def _pairs(ours: Mapping[Key, float], theirs: Mapping[Key, float]) -> list[tuple[str, Key, Key]]:
+    """Cases of both, in A's order: the same in all that names them, else in all but implementation and cache tier."""
+    exact = [(_name(key), key, key) for key in ours if key in theirs]
+    if exact:
+        return exact
+    loose = [{_loose(key): key for key in cases} for cases in (ours, theirs)]
+    if len(loose[0]) < len(ours) or len(loose[1]) < len(theirs):
+        return []  # several implementations in one record: whose is whose cannot be told
+    return [(_name(key), one, loose[1][key]) for key, one in loose[0].items() if key in loose[1]]
+
+
+def _loose(key: Key) -> Key:
+    return tuple((name, value) for name, value in key if name not in ("impl", "cache_tier"))
+
+
+def _name(key: Key) -> str:
+    return ", ".join(value if name == "command" else f"{name} {value}" for name, value in key)
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -144,4 +178,7 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
         cases.add_column(name, justify="right")
     for row in record["rows"]:
         cases.add_row(row["case"], format_value(row["a_ms"]), format_value(row["b_ms"]), f"{row['speed_ratio']:.3f}")
+    for which in ("a", "b"):
+        for case in record[f"only_in_{which}"]:
+            cases.add_row(case, *(["-"] * 3), style="dim")
     return [differences, cases]

@@ -73,15 +73,18 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+MOST_COUNT = 1_000_000
+
+
 def parse_counts(option: str, text: str, *, least: int) -> tuple[int, ...]:
-    """A comma-separated list of whole numbers, in order and once each; UsageError below `least`."""
+    """A comma-separated list of whole numbers, in order and once each; UsageError beyond `least` and a million."""
     try:
         values = [int(item) for item in text.split(",")]
     except ValueError as error:
         raise UsageError(f"{option} takes whole numbers separated by commas, not {text!r}.") from error
     for value in values:
-        if value < least:
-            raise UsageError(f"{option} takes numbers from {least}, not {value}.")
+        if not least <= value <= MOST_COUNT:
+            raise UsageError(f"{option} takes numbers from {least} to {MOST_COUNT:,}, not {value}.")
     return tuple(dict.fromkeys(values))
 
 
