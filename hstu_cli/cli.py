@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from hstu_cli import __version__
-from hstu_cli.commands import bench_e2e, bench_layer, compare, env, infer, preprocess
+from hstu_cli.commands import bench_e2e, bench_layer, compare, convert, env, infer, preprocess
 from hstu_cli.commands.options import command
 
 
@@ -46,4 +46,5 @@ app.command("infer", epilog=infer.EXAMPLE)(command(infer.infer))
 app.command("bench-layer", epilog=bench_layer.EXAMPLE)(command(bench_layer.bench_layer))
 app.command("bench-e2e", epilog=bench_e2e.EXAMPLE)(command(bench_e2e.bench_e2e))
 app.command("compare", epilog=compare.EXAMPLE)(command(compare.compare))
+app.command("convert", epilog=convert.EXAMPLE)(command(convert.convert))
 app.command("env", epilog=env.EXAMPLE)(command(env.env))

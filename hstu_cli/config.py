@@ -224,6 +224,12 @@ def resolve_model_config(name_or_path: str) -> ModelConfig:
     )
 
 
+def resolve_config_fields(name_or_path: str) -> dict[str, Any]:
+    """The fields that `--config` names, for a checkpoint that tells the others itself: a preset's, or a JSON file's."""
+    preset = MODEL_PRESETS.get(name_or_path.lower().replace("-", "_"))
+    return preset.to_dict() if preset is not None else read_json_object(Path(name_or_path))
+
+
 def _is_file(path: Path) -> bool:
     """Whether there is such a file; a text that is too long for a name names none."""
     try:

@@ -70,3 +70,14 @@ def random_model_for(dataset: PreparedDataset, config: ModelConfig, backend: Bac
             "Choose a narrower --config such as tiny, or pass a --checkpoint."
         )
     return random_model(config, {name: torch.from_numpy(keys) for name, keys in ids.items()}, sizes, seed=seed)
+
+
+def unknown_context_ids(model: RankingModel, dataset: PreparedDataset) -> dict[str, int]:
+    """Users whose id of a contextual feature is no row of the model's table, by feature; a new user_id is none."""
+    features = [name for name in model.config.contextual_features if name != "user_id"]
+    counts = {}
+    for name, ids in zip(features, dataset.users(features).T if features else (), strict=True):
+        table = model.embeddings[name]
+        if table.keys is not None:
+            counts[name] = int((~table.is_known(torch.from_numpy(ids.copy()))).sum())
+    return {name: count for name, count in counts.items() if count}

@@ -81,16 +81,17 @@ def infer(
         raise UsageError("--num-pages, --host-cache-gb and --verify-cache need the cache: drop --no-kv-cache.")
     from hstu_cli.bench.replay import Replay
     from hstu_cli.bench.requests import RequestSource
-    from hstu_cli.bench.setup import CacheOptions, build_cache, random_model_for
-    from hstu_cli.commands.opening import open_run
+    from hstu_cli.bench.setup import CacheOptions, build_cache, random_model_for, unknown_context_ids
+    from hstu_cli.commands.opening import open_checkpoint, open_run
     from hstu_cli.config import DEFAULT_PRESET, MODEL_PRESETS, resolve_model_config
     from hstu_cli.data.predictions import PredictionsWriter, check_writable
-    from hstu_cli.model import load_checkpoint
     from hstu_cli.model.engine import InferenceEngine
+    from hstu_cli.model.recsys_examples import is_recsys_examples
 
     if predictions_out is not None:
         check_writable(predictions_out)
-    model_config = resolve_model_config(config) if config is not None else None
+    foreign = checkpoint is not None and is_recsys_examples(checkpoint)  # whose --config may leave much open
+    model_config = resolve_model_config(config) if config is not None and not foreign else None
     opened = open_run(
         "infer",
         args,
@@ -105,7 +106,14 @@ def infer(
     reporter, backend = opened.reporter, opened.backend
     prepared = _open_dataset(dataset, data_root, reporter)
     if checkpoint is not None:
-        model = load_checkpoint(checkpoint, config=model_config)
+        loaded = open_checkpoint(checkpoint, config)
+        model = loaded.model
+        if loaded.num_ignored:
+            reporter.note(f"{loaded.num_ignored:,} entries of the checkpoint are not needed for inference.")
+        for feature, count in unknown_context_ids(model, prepared).items():
+            reporter.warn(
+                f"{count:,} users have a {feature} that the checkpoint's table does not hold; row 0 stands in."
+            )
     else:
         model = random_model_for(prepared, model_config or MODEL_PRESETS[DEFAULT_PRESET], backend, seed)
         reporter.warn("No --checkpoint: the weights are random, so expect an AUC of about 0.5.")

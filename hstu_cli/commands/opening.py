@@ -3,13 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hstu_cli.backend import DTYPES, Backend, DeviceChoice, open_device, resolve_dtype
 from hstu_cli.kernels.dispatch import ImplChoice, choose_impl
 from hstu_cli.report import Reporter, environment, parse_metadata
+
+if TYPE_CHECKING:
+    from hstu_cli.model.checkpoint import LoadedCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +65,14 @@ def open_run(
         },
     }
     return Opened(reporter, choice, DTYPES[dtype_name], implementation)
+
+
+def open_checkpoint(path: Path, config: str | None) -> "LoadedCheckpoint":
+    """Read the checkpoint of `--checkpoint` with the `--config` that goes with it, if any."""
+    from hstu_cli.config import resolve_config_fields, resolve_model_config
+    from hstu_cli.model.checkpoint import read_checkpoint
+    from hstu_cli.model.recsys_examples import is_recsys_examples
+
+    # Only there may a configuration leave open what the tensors tell.
+    resolve = resolve_config_fields if is_recsys_examples(path) else resolve_model_config
+    return read_checkpoint(path, config=resolve(config) if config is not None else None)

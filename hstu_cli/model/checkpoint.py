@@ -4,21 +4,22 @@ import dataclasses
 import functools
 import json
 import os
-import pickle
-import struct
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from hstu_cli.config import DEFAULT_PRESET, MODEL_PRESETS, ModelConfig, model_config_from_fields, read_json_object
 from hstu_cli.errors import InputError, UsageError
 from hstu_cli.model.embedding import EmbeddingTable
 from hstu_cli.model.ranking import RankingModel
+from hstu_cli.model.recsys_examples import is_recsys_examples, read_recsys_examples
+from hstu_cli.model.state_files import read_state_dict
 from hstu_cli.model.tokens import table_names
 
 FORMAT = "hstu-native"
@@ -66,22 +67,46 @@ def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def load_checkpoint(
     path: str | os.PathLike[str],
     *,
-    config: ModelConfig | None = None,
+    config: ModelConfig | Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> RankingModel:
-    """Read a checkpoint folder, or a .pt, .pth or .safetensors state dict with the native names.
+    """Read a checkpoint folder, native or of recsys-examples, or a state dict (.pt, .pth, .safetensors).
 
-    config: for a state dict its configuration (None: the preset `kuairand_gr`); for a folder, whose
-      own config.json decides, it must agree (UsageError naming the first field that does not).
+    config: for a state dict its configuration (None: the preset `kuairand_gr`); for a native folder,
+      whose own config.json decides, it must agree (UsageError naming the first field that does not);
+      for one of recsys-examples what its tensors do not tell, as a configuration or as the JSON
+      fields of one, which may be some of them and may name `tables {name: rows}`.
     dtype: of the weights (None: as saved). Pickles are read with `weights_only=True`.
     Raises InputError for a missing or unreadable file and, with a list, for missing, extra,
     misshaped or non-finite tensors.
     """
-    path = Path(path)
-    table_rows, assumed = None, config is None
+    return read_checkpoint(Path(path), config=config, dtype=dtype).model.to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCheckpoint:
+    """A model on the CPU, the kind of checkpoint that it comes from, and how many entries of that were not needed."""
+
+    model: RankingModel
+    kind: str
+    num_ignored: int = 0
+
+
+def read_checkpoint(
+    path: Path, *, config: ModelConfig | Mapping[str, Any] | None = None, dtype: torch.dtype | None = None
+) -> LoadedCheckpoint:
+    """What `load_checkpoint` does, with what else there is to tell."""
+    if is_recsys_examples(path):
+        fields = config.to_dict() if isinstance(config, ModelConfig) else config
+        foreign = read_recsys_examples(path, fields or {})
+        model = model_from_state(foreign.config, foreign.state, path, None, dtype)
+        return LoadedCheckpoint(model, "recsys-examples", foreign.num_ignored)
+    if config is not None and not isinstance(config, ModelConfig):
+        config = model_config_from_fields(config, path)
+    table_rows, assumed, kind = None, config is None, "state dict"
     if path.is_dir():
-        assumed = False
+        assumed, kind = False, "native"
         config, table_rows = _read_config(path / CONFIG_FILE, config)
         path = path / WEIGHTS_FILE
     state = read_state_dict(path)
@@ -91,47 +116,7 @@ def load_checkpoint(
         if not assumed:
             raise
         raise InputError(f"{error}\nIt was read as {DEFAULT_PRESET}, for want of another --config.") from error
-    return model.to(device)
-
-
-_UNREADABLE = (
-    OSError,
-    SafetensorError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-)
-"""What the readers raise for damaged files: torch's unpickler checks little of what it reads."""
-
-
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors, .pt or .pth file, on the CPU; InputError where it is not one."""
-    if not path.is_file():
-        raise InputError(f"There is no checkpoint {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} is not a plain dictionary of tensors: it is damaged, or it holds code, which is never run. "
-            "Save model.state_dict() and nothing else."
-        ) from error
-    except _UNREADABLE as error:
-        raise InputError(f"{path} is not a readable checkpoint: {error}.") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{path} must hold a dictionary of tensors (a state dict) and nothing else.")
-    for name, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise InputError(f"{path}: {name} is {tensor.layout} on {tensor.device}, not a plain tensor.")
-    return state
+    return LoadedCheckpoint(model, kind)
 
 
 def model_from_state(
