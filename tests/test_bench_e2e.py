@@ -98,7 +98,7 @@ def test_dry_run_lists_costs_and_runs_nothing() -> None:
 def test_the_default_run_shrinks_until_it_fits_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CPU_SECONDS", 0.0)
     record = record_of(*SMALL)
-    assert record["scaled"].startswith("1 of 1,2,4,8 users, 1 timed rounds")
+    assert record["scaled"].startswith("1 of 1,2,4,8 users, timed rounds: 1")
     assert {row["num_users"] for row in record["rows"]} == {1}
     chosen = record_of(*SMALL, "--num-users", "2", "--num-iters", "2")
     assert "scaled" not in chosen

@@ -108,7 +108,7 @@ def bench_e2e(
                 run.session.iterations -= 1
             if len(workloads) < len(users) or run.session.iterations < iterations:
                 listed = ", ".join(str(workload.num_users) for workload in workloads)
-                bench.say_scaled(opened, f"{listed} of {NUM_USERS} users, {run.session.iterations} timed rounds")
+                bench.say_scaled(opened, f"{listed} of {NUM_USERS} users, timed rounds: {run.session.iterations}")
         for row in run_e2e_benchmark(
             run.session,
             model_config,
