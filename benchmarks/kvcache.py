@@ -26,15 +26,16 @@ import typer
 from rich.console import Console
 
 from hstu_cli.backend import Backend
+from hstu_cli.bench.e2e import NUM_ITEMS, benchmark_model
 from hstu_cli.config import CONTEXTUAL_FEATURES, MODEL_PRESETS, ModelConfig
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
 from hstu_cli.kvcache.tier import CachedTokens, Tier
+from hstu_cli.model.cost import SequenceShape, block_flops
 from hstu_cli.model.engine import InferenceEngine
-from hstu_cli.model.ranking import RankingModel, random_model
+from hstu_cli.model.ranking import RankingModel
 from hstu_cli.model.tokens import UserRequest
 from hstu_cli.report import environment, key_value_table
 
-NUM_ITEMS = 10_000
 CANDIDATES = 100
 STEP_EVENTS = 64
 
@@ -63,15 +64,6 @@ def measure_books(num_users: int, operations: int = 200_000) -> dict[str, float]
         "store_and_evict_us": timed(store, list(range(num_users, num_users + operations))),
         "drop_us": timed(tier.drop, list(range(num_users, num_users + operations))),
     }
-
-
-def forward_flops(config: ModelConfig, num_cached: int, num_history: int, num_candidates: int) -> float:
-    """FLOPs of the block for one request: causal pairs only, two products of 2 * d per pair and head."""
-    new = num_history - num_cached + num_candidates
-    linear = 2 * new * config.hidden_dim * 5 * config.attention_dim
-    history_pairs = (num_history * (num_history + 1) - num_cached * (num_cached + 1)) / 2
-    pairs = history_pairs + num_candidates * (num_history + 1)
-    return config.num_layers * (linear + 4 * config.attention_dim * pairs)
 
 
 class BookkeepingTimer:
@@ -136,8 +128,8 @@ def measure_growing_user(model: RankingModel, repeats: int) -> dict[str, Any]:
     history = [config.num_context_tokens + 2 * len(request.video_ids) for request in requests]
     known = [0, *history[:-1]]
     flops = {
-        "cached": sum(forward_flops(config, m, n, CANDIDATES) for m, n in zip(known, history, strict=True)),
-        "uncached": sum(forward_flops(config, 0, n, CANDIDATES) for n in history),
+        name: block_flops(config, [SequenceShape(n, m, CANDIDATES) for n, m in zip(history, cached, strict=True)])
+        for name, cached in (("cached", known), ("uncached", [0] * len(history)))
     }
     speedup = float(medians["uncached"].sum() / medians["cached"].sum())
     limit = flops["uncached"] / flops["cached"]
@@ -183,8 +175,7 @@ def main(
     """Measure the KV cache on this machine's CPU."""
     Backend().tune_process()
     config = MODEL_PRESETS["kuairand_gr"]
-    rows = dict.fromkeys(CONTEXTUAL_FEATURES, 1)
-    model = random_model(config, {}, {**rows, "video_id": NUM_ITEMS}, seed=0).to(torch.bfloat16)
+    model = benchmark_model(config, seed=0).to(torch.bfloat16)
     record: dict[str, Any] = {
         "env": environment(Backend().device_name, Backend().memory_bytes),
         "books": {str(n): measure_books(n) for n in (10_000, 1_000_000)},

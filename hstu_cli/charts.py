@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hstu_cli.errors import InputError, RunError, UnavailableError, UsageError
-from hstu_cli.report import plain
+from hstu_cli.report import FILE_WIDTH, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +83,7 @@ def _page(title: str, figure: "Figure", tables: Sequence["Table"], record: Mappi
 
     drawing = io.StringIO()
     figure.savefig(drawing, format="svg")
-    console = Console(record=True, file=io.StringIO(), width=140)
+    console = Console(record=True, file=io.StringIO(), width=FILE_WIDTH)
     for table in tables:
         console.print(table)
     text = console.export_html(inline_styles=True, code_format='<pre style="font-family:monospace">{code}</pre>')

@@ -113,6 +113,27 @@ def test_what_is_still_open_is_named(name: str, model: RankingModel, tmp_path: P
     assert f"do not tell {name}" in failure_of(2, "convert", folder, tmp_path / "out", "--config", fields)
 
 
+@pytest.mark.parametrize(
+    "tables", [[5, 3], {"action_weights": "many"}, {"action_weights": -256}, {"action_weights": True}]
+)
+def test_sizes_that_are_none_are_refused(tables: object, model: RankingModel, tmp_path: Path) -> None:
+    fields = tmp_path / "open.json"
+    fields.write_text(json.dumps(OPEN | {"tables": tables}))
+    message = failure_of(4, "convert", folder_of(model, tmp_path), tmp_path / "out", "--config", fields)
+    assert "tables must give the rows" in message
+
+
+def test_misshaped_weights_of_the_native_kind_are_listed(model: RankingModel, tmp_path: Path) -> None:
+    folder = folder_of(model, tmp_path, "native")
+    path = folder / "torch_module" / "model.0.pth"
+    content = torch.load(path, weights_only=True)
+    content["model_state_dict"]["_hstu_block._attention_layers.1._linear_uvqk.weight"] = torch.zeros(7, 64)
+    content["model_state_dict"]["_hstu_block._attention_layers.1._linear_uvqk.bias"] = torch.tensor(1.0)
+    torch.save(content, path)
+    with pytest.raises(InputError, match=r"layers.1.uvqk.bias is \[\](.|\n)*layers.1.uvqk.weight is \[7, 64\]"):
+        load_checkpoint(folder, config=OPEN)
+
+
 def test_an_id_beyond_a_context_table_takes_row_0(model: RankingModel, tmp_path: Path) -> None:
     loaded = load_checkpoint(folder_of(model, tmp_path), config=OPEN)
     table = loaded.embeddings["user_active_degree"]

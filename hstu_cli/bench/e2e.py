@@ -10,7 +10,14 @@ import numpy as np
 import torch
 
 from hstu_cli.bench.published import published_e2e_ms
-from hstu_cli.bench.session import BenchSession, Progress, ran_out_of_memory, relative_error, wider
+from hstu_cli.bench.session import (
+    BenchSession,
+    OutOfMemoryError,
+    Progress,
+    out_of_memory_named,
+    relative_error,
+    wider,
+)
 from hstu_cli.config import ModelConfig
 from hstu_cli.errors import UsageError
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
@@ -147,10 +154,9 @@ def run_e2e_benchmark(
             runs.append(_Variant(name, InferenceEngine(model, impl, cache)))
         measured = {}
         try:
-            measured = _measured(session, workload, runs, config, exact, seed) if runs else {}
-        except Exception as error:
-            if not ran_out_of_memory(error):
-                raise
+            with out_of_memory_named():
+                measured = _measured(session, workload, runs, config, exact, seed) if runs else {}
+        except OutOfMemoryError:
             reasons |= dict.fromkeys(runnable, "ran out of memory")
         for name in variants:
             row = {

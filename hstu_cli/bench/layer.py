@@ -10,7 +10,7 @@ import torch
 
 from hstu_cli.bench.block import BlockWorkload, random_block
 from hstu_cli.bench.published import published_layer
-from hstu_cli.bench.session import BenchSession, Progress, ran_out_of_memory, relative_error
+from hstu_cli.bench.session import BenchSession, OutOfMemoryError, Progress, out_of_memory_named, relative_error
 from hstu_cli.config import ModelConfig
 from hstu_cli.errors import UsageError
 from hstu_cli.model.cost import SequenceShape, activation_bytes, block_bytes, block_flops, block_parameters
@@ -137,20 +137,19 @@ def run_layer_benchmark(
         if impl not in impls:
             continue
         try:
-            workload = BlockWorkload(
-                block,
-                config,
-                session.backend,
-                batch_size=group.batch_size,
-                num_history=group.history,
-                num_candidates=group.candidates,
-                page_size=page_size,
-                seed=seed,
-            )
-            rows = _measured_rows(session, grid, group, workload, impls, preset)
-        except Exception as error:
-            if not ran_out_of_memory(error):
-                raise
+            with out_of_memory_named():
+                workload = BlockWorkload(
+                    block,
+                    config,
+                    session.backend,
+                    batch_size=group.batch_size,
+                    num_history=group.history,
+                    num_candidates=group.candidates,
+                    page_size=page_size,
+                    seed=seed,
+                )
+                rows = _measured_rows(session, grid, group, workload, impls, preset)
+        except OutOfMemoryError:
             rows = [
                 _row(group, c, grid, name) | {"skipped": "ran out of memory"} for name in impls for c in group.cached
             ]

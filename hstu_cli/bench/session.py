@@ -1,6 +1,7 @@
 """What one run of a benchmark shares: the device, its ceilings, how often, and what went wrong."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,7 @@ MEMORY_SHARE = 0.8
 class BenchSession:
     """The settings of a run, and the samples and failures that its cases leave behind.
 
-    profile_dir: a trace of a round of each group of cases
-    goes there.
+    profile_dir: a trace of a round of each group of cases goes there.
     """
 
     backend: Backend
@@ -108,12 +108,21 @@ class BenchSession:
         trace.export_chrome_trace(str(self.profile_dir / f"{name}.json"))
 
 
-OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+class OutOfMemoryError(Exception):
+    """Memory did not suffice for a group of cases, whatever allocator said so."""
 
 
-def ran_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory did not suffice; a CPU's allocator says so in words alone."""
-    return isinstance(error, OUT_OF_MEMORY) or "can't allocate memory" in str(error)
+@contextmanager
+def out_of_memory_named() -> Iterator[None]:
+    """Give an allocator's error one name; every other error goes on as it is."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OutOfMemoryError from error
+    except RuntimeError as error:  # the CPU's allocator says it in words alone
+        if "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemoryError from error
 
 
 Progress = Callable[[int, int], None]

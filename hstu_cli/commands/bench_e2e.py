@@ -30,7 +30,9 @@ def bench_e2e(
     num_batches: Annotated[int, typer.Option(min=1, help="Batches of the workload.")] = 16,
     candidates: Annotated[int, typer.Option(min=1, help="Candidates of a request.")] = 256,
     variants: Annotated[str, typer.Option(metavar="LIST", help="What to run.")] = VARIANTS,
-    embedding: Annotated[str, typer.Option(help="Embedding tables: auto, torch, torchrec or dynamicemb.")] = "auto",
+    embedding: Annotated[
+        str, typer.Option(help="Embedding tables: auto or torch, the built-in ones; this version has no others.")
+    ] = "auto",
     config: options.Config = None,
     page_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a page. [default: 32, or the hardware preset's]")

@@ -163,7 +163,9 @@ class _Reader:
             raise InputError(
                 f"{self.path / DENSE_FOLDER}: layer 0 has neither _linear_uvqk_weight nor _linear_uvqk.weight."
             )
-        hidden_dim, heads = positions.shape[-1], self.fields["num_heads"]
+        if positions.dim() != 2 or any(tensor.dim() < 1 for tensor in head.values()):
+            raise InputError(f"{self.path / DENSE_FOLDER}: positions or head are not of the shapes of this model.")
+        hidden_dim, heads = positions.shape[1], self.fields["num_heads"]
         inner = max(uvqk.numel() // max(hidden_dim, 1), 1)
         if not isinstance(heads, int) or heads < 1 or inner % (4 * heads):
             raise UsageError(
@@ -206,7 +208,7 @@ class _Reader:
                 continue
             if name in ("_linear_uvqk_weight", "_linear_proj_weight"):
                 tensor = tensor.T.contiguous()
-            elif name.startswith("_linear_uvqk."):
+            elif name.startswith("_linear_uvqk.") and tensor.shape[:1] == (4 * config.attention_dim,):
                 tensor = _by_head_to_by_kind(tensor, config)
             native[f"layers.{index}.{names[name]}"] = tensor
         return native
@@ -239,7 +241,9 @@ class _Reader:
 
     def _small_tables(self, config: ModelConfig) -> dict[str, torch.Tensor]:
         """Tables that lie end to end in flat tensors, split by the sizes that the fields give."""
-        sizes = self.fields.get("tables") or {}
+        sizes = self.fields.get("tables", {})
+        if not isinstance(sizes, dict) or not all(type(rows) is int and rows > 0 for rows in sizes.values()):
+            raise InputError(f"{self.path}: tables must give the rows of each small table by name, not {sizes}.")
         tables = {}
         for name in [name for name in self.dense if name.startswith(_SMALL_TABLES)]:
             flat = self.dense.pop(name).flatten()
