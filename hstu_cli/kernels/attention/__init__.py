@@ -33,7 +33,8 @@ def hstu_attention(
     impl: `auto` or a name from `hstu_cli.kernels.dispatch.IMPLEMENTATIONS`.
 
     M_ij is 1 where token i may see token j: for a history token, j <= i; for a candidate, j in the
-    history or j == i. Returns o, [tokens, heads, head_dim] contiguous, in q's dtype.
+    history or j == i. Returns o, [tokens, heads, head_dim] contiguous, in q's dtype; differentiable in
+    q, k and v.
     Raises ValueError for inputs that do not fit together.
     """
     offsets, candidates = check_jagged_inputs(q, k, v, seq_offsets, num_candidates)
@@ -43,7 +44,7 @@ def hstu_attention(
         case "reference":
             from hstu_cli.kernels.attention.reference import attention
         case "blocked":
-            from hstu_cli.kernels.attention.blocked import attention
+            from hstu_cli.kernels.attention.backward import attention
     return attention(q, k, v, offsets, candidates, alpha=alpha, scaling_seqlen=scaling_seqlen)
 
 

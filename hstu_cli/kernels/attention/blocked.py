@@ -73,7 +73,7 @@ def attend(
     num_history = [r.stop - r.start - c for r, c in zip(rows, num_candidates, strict=True)]
     queries = pad(q, rows).mul_(alpha)  # [H, G, R, d]
     if queries.shape[2] <= BLOCK_ROWS:
-        result = _strip(queries, k, v, _forbidden(0, queries.shape[2], num_history, q.device))
+        result = _strip(queries, k, v, forbidden_mask(0, queries.shape[2], num_history, q.device))
     else:
         result = _strips_of_one(queries[:, 0], k[:, 0], v[:, 0], num_history[0])[:, None]
     for r, one in zip(rows, result.unbind(1), strict=True):
@@ -96,7 +96,7 @@ def _strips_of_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_histor
     out = torch.empty_like(q)
     for start in range(0, q.shape[1], BLOCK_ROWS):
         end = min(start + BLOCK_ROWS, q.shape[1])
-        forbidden = _forbidden(start, end, [num_history], q.device)[0]
+        forbidden = forbidden_mask(start, end, [num_history], q.device)[0]
         # Head by head, scores stay in the caches and the operands are plain matrices, of which a
         # product makes no copies.
         for q_1, k_1, v_1, out_1 in zip(q[:, start:end], k, v, out[:, start:end], strict=True):
@@ -123,7 +123,7 @@ def _strip(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forbidden: torch.T
     return F.silu(scores, inplace=True) @ v
 
 
-def _forbidden(start: int, end: int, num_history: list[int], device: torch.device) -> torch.Tensor:
+def forbidden_mask(start: int, end: int, num_history: list[int], device: torch.device) -> torch.Tensor:
     """Which of the new tokens start to end each of them must not see, bool [G, end - start, end - start]."""
     j = torch.arange(start, end, device=device)
     i = j[:, None]
