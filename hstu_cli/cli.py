@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from hstu_cli import __version__
-from hstu_cli.commands import bench_e2e, bench_layer, compare, convert, env, infer, preprocess
+from hstu_cli.commands import bench_e2e, bench_layer, compare, convert, env, infer, preprocess, train
 from hstu_cli.commands.options import command
 
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": _accept_underscores, "help_option_names": ["-h", "--help"]},
-    help="HSTU ranking models: prepare KuaiRand, replay requests, measure.",
+    help="HSTU ranking models: prepare KuaiRand, train, replay requests, measure.",
     epilog="Example: hstu infer --config tiny --steps 20",
 )
 
@@ -36,13 +36,14 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """HSTU ranking models: prepare KuaiRand, replay requests, measure."""
+    """HSTU ranking models: prepare KuaiRand, train, replay requests, measure."""
 
 
 preprocess_app = typer.Typer(no_args_is_help=True, help="Turn raw logs into sequences and a request timeline.")
 preprocess_app.command("kuairand", epilog=preprocess.EXAMPLE)(command(preprocess.kuairand))
 app.add_typer(preprocess_app, name="preprocess")
 app.command("infer", epilog=infer.EXAMPLE)(command(infer.infer))
+app.command("train", epilog=train.EXAMPLE)(command(train.train))
 app.command("bench-layer", epilog=bench_layer.EXAMPLE)(command(bench_layer.bench_layer))
 app.command("bench-e2e", epilog=bench_e2e.EXAMPLE)(command(bench_e2e.bench_e2e))
 app.command("compare", epilog=compare.EXAMPLE)(command(compare.compare))

@@ -18,7 +18,8 @@ ROOT_MODULES = {"config", "errors", "hardware", "timing"}
 MAY_IMPORT = {
     "__main__": {"cli"},
     "cli": {"commands"},
-    "commands": {"charts", "bench", "model", "kvcache", "kernels", "backend", "data", "report"},
+    "commands": {"charts", "training", "bench", "model", "kvcache", "kernels", "backend", "data", "report"},
+    "training": {"bench", "model", "kernels", "backend", "data"},
     "bench": {"model", "kvcache", "kernels", "backend", "data", "report"},
     "model": {"kvcache", "kernels", "backend"},
     "kvcache": {"kernels", "backend"},
@@ -90,7 +91,7 @@ def test_help_loads_no_heavy_package() -> None:
         "import sys\n"
         "from typer.testing import CliRunner\n"
         "from hstu_cli.cli import app\n"
-        "commands = [], ['infer'], ['bench-layer'], ['bench-e2e'], ['compare'], ['preprocess', 'kuairand']\n"
+        "commands = [], ['infer'], ['train'], ['bench-layer'], ['bench-e2e'], ['compare'], ['preprocess', 'kuairand']\n"
         "for arguments in (*([*command, '--help'] for command in commands), ['--version']):\n"
         "    result = CliRunner().invoke(app, arguments)\n"
         "    assert result.exit_code == 0, result.output\n"

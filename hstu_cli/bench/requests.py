@@ -1,11 +1,10 @@
 """The requests of a data set's period, ready for the engine."""
 
 from collections.abc import Iterator
-from datetime import datetime
 
 import numpy as np
 
-from hstu_cli.config import KUAIRAND_TIMEZONE, ModelConfig
+from hstu_cli.config import ModelConfig
 from hstu_cli.data.dataset import EventStore, PreparedDataset, RequestTimeline
 from hstu_cli.errors import InputError
 from hstu_cli.model.tokens import UserRequest
@@ -26,10 +25,7 @@ class RequestSource:
         """Requests with from_ms <= request time < until_ms, the first `limit`; InputError for none."""
         self.timeline: RequestTimeline = dataset.requests(from_ms=from_ms, until_ms=until_ms, limit=limit)
         if not len(self.timeline):
-            raise InputError(
-                f"{dataset.path} has no request in this period; its events run from "
-                f"{_date(dataset.metadata['first_time_ms'])} to {_date(dataset.metadata['last_time_ms'])}."
-            )
+            raise InputError(f"{dataset.path} has no request in this period; its events run {dataset.time_span}.")
         self._events: EventStore = dataset.events(self.timeline.user_id)
         users = dataset.users(["user_id", *config.contextual_features])
         self._user_ids, self._context = users[:, 0], users[:, 1:]
@@ -81,8 +77,3 @@ class RequestSource:
         first = self._events.events_of(self.timeline.user_id[index]).start
         middle = first + int(self.timeline.history_end[index])
         return first, middle, middle + int(self.timeline.num_candidates[index])
-
-
-def _date(time_ms: int) -> str:
-    """A time in UTC+8, KuaiRand's own."""
-    return datetime.fromtimestamp(time_ms / 1000, KUAIRAND_TIMEZONE).strftime("%Y-%m-%d %H:%M UTC+8")

@@ -14,8 +14,6 @@ from hstu_cli.errors import RunError, UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hstu_cli.data.dataset import PreparedDataset
-    from hstu_cli.report import Reporter
 
 EXAMPLE = "Example: hstu infer --config tiny --dataset pure --from 2022-04-25 --predictions-out scores.parquet"
 WORTHWHILE_RATIO = 1.5
@@ -27,9 +25,7 @@ def infer(
         Path | None, typer.Option(help="Folder, .safetensors, .pt or .pth; without one, random weights.")
     ] = None,
     config: options.Config = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="pure, 1k, 27k or synthetic; without it, the one prepared last.")
-    ] = None,
+    dataset: options.Dataset = None,
     data_root: options.DataRoot = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Batches to run; without it, all.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests of distinct users scored at once.")] = 32,
@@ -82,7 +78,7 @@ def infer(
     from hstu_cli.bench.replay import Replay
     from hstu_cli.bench.requests import RequestSource
     from hstu_cli.bench.setup import CacheOptions, build_cache, random_model_for, unknown_context_ids
-    from hstu_cli.commands.opening import open_checkpoint, open_run
+    from hstu_cli.commands.opening import open_checkpoint, open_dataset, open_run
     from hstu_cli.config import DEFAULT_PRESET, MODEL_PRESETS, resolve_model_config
     from hstu_cli.data.predictions import PredictionsWriter, check_writable
     from hstu_cli.model.engine import InferenceEngine
@@ -104,7 +100,7 @@ def infer(
         metadata=metadata,
     )
     reporter, backend = opened.reporter, opened.backend
-    prepared = _open_dataset(dataset, data_root, reporter)
+    prepared = open_dataset(dataset, data_root, reporter)
     if checkpoint is not None:
         loaded = open_checkpoint(checkpoint, config)
         model = loaded.model
@@ -155,28 +151,6 @@ def infer(
             record |= replay.summary()
         if replay.failure is not None:
             raise RunError(replay.failure)
-
-
-def _open_dataset(dataset: str | None, data_root: Path | None, reporter: "Reporter") -> "PreparedDataset":
-    """The data set that the options mean; where they name nothing and there is none, a synthetic one."""
-    from hstu_cli.data.dataset import PreparedDataset, last_prepared
-    from hstu_cli.data.layout import SYNTHETIC, dataset_name, prepare_command
-    from hstu_cli.data.layout import data_root as resolve_root
-    from hstu_cli.errors import InputError
-
-    root = resolve_root(data_root)
-    if dataset is not None:
-        return PreparedDataset(root, dataset_name(dataset))
-    name = last_prepared(root)
-    if name is not None:
-        return PreparedDataset(root, name)
-    if data_root is not None:
-        raise InputError(f"{root} holds no prepared data set. Prepare one with: {prepare_command('pure', root)}")
-    from hstu_cli.data.synthetic import SyntheticOptions, prepare_synthetic
-
-    reporter.warn(f"Nothing is prepared under {root}: using seeded synthetic users, made there now.")
-    prepare_synthetic(root, SyntheticOptions())
-    return PreparedDataset(root, SYNTHETIC)
 
 
 def _tables(record: Mapping[str, Any]) -> "list[Table]":

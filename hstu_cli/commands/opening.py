@@ -12,6 +12,7 @@ from hstu_cli.kernels.dispatch import ImplChoice, choose_impl
 from hstu_cli.report import Reporter, environment, parse_metadata
 
 if TYPE_CHECKING:
+    from hstu_cli.data.dataset import PreparedDataset
     from hstu_cli.model.checkpoint import LoadedCheckpoint
 
 
@@ -76,3 +77,25 @@ def open_checkpoint(path: Path, config: str | None) -> "LoadedCheckpoint":
     # Only there may a configuration leave open what the tensors tell.
     resolve = resolve_config_fields if is_recsys_examples(path) else resolve_model_config
     return read_checkpoint(path, config=resolve(config) if config is not None else None)
+
+
+def open_dataset(dataset: str | None, data_root: Path | None, reporter: Reporter) -> "PreparedDataset":
+    """The data set that the options mean; where they name nothing and there is none, a synthetic one."""
+    from hstu_cli.data.dataset import PreparedDataset, last_prepared
+    from hstu_cli.data.layout import SYNTHETIC, dataset_name, prepare_command
+    from hstu_cli.data.layout import data_root as resolve_root
+    from hstu_cli.errors import InputError
+
+    root = resolve_root(data_root)
+    if dataset is not None:
+        return PreparedDataset(root, dataset_name(dataset))
+    name = last_prepared(root)
+    if name is not None:
+        return PreparedDataset(root, name)
+    if data_root is not None:
+        raise InputError(f"{root} holds no prepared data set. Prepare one with: {prepare_command('pure', root)}")
+    from hstu_cli.data.synthetic import SyntheticOptions, prepare_synthetic
+
+    reporter.warn(f"Nothing is prepared under {root}: using seeded synthetic users, made there now.")
+    prepare_synthetic(root, SyntheticOptions())
+    return PreparedDataset(root, SYNTHETIC)

@@ -36,6 +36,7 @@ Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everythin
 Config = Annotated[
     str | None, typer.Option(metavar="NAME|FILE", help="Model: kuairand_gr, tiny, benchmark, or a config.json.")
 ]
+Dataset = Annotated[str | None, typer.Option(help="pure, 1k, 27k or synthetic; without it, the one prepared last.")]
 DataRoot = Annotated[
     Path | None,
     typer.Option(help="Folder of prepared data; else $HSTU_HOME, ./tmp_data if it holds some, or your cache folder."),

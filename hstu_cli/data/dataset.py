@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hstu_cli.config import KUAIRAND_TIMEZONE
 from hstu_cli.data.layout import (
     METADATA_FILE,
     PREPARED_FILES,
@@ -77,6 +79,11 @@ class PreparedDataset:
         lacking = [key for key in ("category_maps", "first_time_ms", "last_time_ms") if key not in self.metadata]
         if lacking:
             raise InputError(f"{self.path / METADATA_FILE} lacks {', '.join(lacking)}. {self._again()}")
+
+    @property
+    def time_span(self) -> str:
+        """The first and the last event, as people write them: "from … to …", in UTC+8."""
+        return f"from {_date(self.metadata['first_time_ms'])} to {_date(self.metadata['last_time_ms'])}"
 
     def requests(
         self, *, from_ms: int | None = None, until_ms: int | None = None, limit: int | None = None
@@ -148,3 +155,8 @@ def last_prepared(root: Path) -> str | None:
         return str(PreparedDataset(root, name).metadata.get("prepared_at", ""))
 
     return max(prepared_datasets(root), key=prepared_at, default=None)
+
+
+def _date(time_ms: int) -> str:
+    """A time in UTC+8, KuaiRand's own."""
+    return datetime.fromtimestamp(time_ms / 1000, KUAIRAND_TIMEZONE).strftime("%Y-%m-%d %H:%M UTC+8")

@@ -58,6 +58,7 @@ class HSTULayer(nn.Module):
         self.uvqk = nn.Linear(config.hidden_dim, 4 * config.attention_dim)
         self.output_norm = nn.LayerNorm(config.attention_dim, eps=config.norm_eps)
         self.output = nn.Linear(config.attention_dim, config.hidden_dim, bias=False)
+        self.dropout = 0.0  # of the gated attention output, in training
 
     def forward(self, x: torch.Tensor, attention: Attention, layer: int) -> torch.Tensor:
         """X [T, D] to x' [T, D]."""
@@ -65,7 +66,7 @@ class HSTULayer(nn.Module):
         u, v, q, k = uvqk.view(-1, 4, self.num_heads, self.head_dim).unbind(1)  # [T, H, d] each
         o = attention(layer, q, k, v)  # [T, H, d]
         gated = self.output_norm(o.flatten(1)) * u.flatten(1)  # [T, H * d]
-        return x + self.output(gated)
+        return x + self.output(F.dropout(gated, self.dropout, self.training))
 
 
 class HSTUBlock(nn.ModuleList):

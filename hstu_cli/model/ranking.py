@@ -21,8 +21,8 @@ L2_NORM_EPS = 1e-6
 VOCABULARY_CHUNK = 65_536
 """Items whose embeddings the next-item head normalises at a time."""
 
-SCORE_ELEMENTS = 1 << 26
-"""The most next-item scores held at a time (256 MB)."""
+SCORE_ELEMENTS = 1 << 22
+"""The most next-item scores held at a time (16 MB), unless two rows have more."""
 
 
 class RankingModel(nn.Module):
@@ -45,6 +45,7 @@ class RankingModel(nn.Module):
         self.position = nn.Embedding(config.position_buckets, config.hidden_dim)
         self.layers = HSTUBlock(config)
         self.head = _mlp(config.hidden_dim, config.head_dims)
+        self.dropout = 0.0  # of the token embeddings, in training
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +76,8 @@ class RankingModel(nn.Module):
 
     def forward(self, batch: TokenBatch, attention: Attention) -> torch.Tensor:
         """The block's output for every token of the batch, [T, D]."""
-        return self.layers(self.embed(batch), attention)
+        tokens = F.dropout(self.embed(batch), self.dropout, self.training)
+        return self.layers(tokens, attention)
 
     def rank(self, rows: torch.Tensor) -> torch.Tensor:
         """Logits [R, 8] float32, one per task, of candidate rows [R, D]."""
@@ -108,16 +110,17 @@ class RankingModel(nn.Module):
             return torch.zeros_like(target_ids)
         columns = torch.searchsorted(self.vocabulary, table.rows_of(target_ids)).clamp_(max=len(self.vocabulary) - 1)
         ranks = []
-        step = max(1, SCORE_ELEMENTS // max(1, len(self.vocabulary)))
+        step = max(2, SCORE_ELEMENTS // len(self.vocabulary))
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             scores = self.next_item_scores(rows[part])  # [R, V]
             column = columns[part, None]
-            lead = scores - scores.gather(1, column)  # of every item over the target
+            lead = scores.sub_(scores.gather(1, column))  # of every item over the target
             rounding = 4 * torch.finfo(scores.dtype).eps / self.config.next_item_temperature
             earlier = torch.arange(scores.shape[1], device=scores.device) < column
             better = (lead > rounding) | ((lead >= -rounding) & earlier)
-            ranks.append(torch.where(lead.isnan().any(1), 0, 1 + better.sum(1)))
+            # A sum is NaN where any of its terms is, and takes one pass.
+            ranks.append(torch.where(lead.sum(1).isnan(), 0, 1 + better.sum(1, dtype=torch.int32)))
         known = table.is_known(target_ids)
         return torch.where(known, torch.cat(ranks), 0) if ranks else torch.zeros_like(target_ids)
 

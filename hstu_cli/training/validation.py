@@ -1,0 +1,57 @@
+"""Validation: AUC of every task and hit rate of the next item over a period, one pass per user."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hstu_cli.backend import Backend
+from hstu_cli.bench.metrics import ReplayMetrics
+from hstu_cli.model.layer import JaggedAttention
+from hstu_cli.model.ranking import RankingModel
+from hstu_cli.training.examples import ExampleSource
+
+CUTOFFS = (1, 5, 10, 50)
+
+BATCH_TOKENS = 16_384
+"""Tokens of a validation step, one long user apart."""
+
+
+@torch.no_grad()
+def validate(
+    model: RankingModel,
+    source: ExampleSource,
+    backend: Backend,
+    impl: str,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """`hit_rate` and `ndcg` by K, `auc` and `auc_reason` by task, over every event of the period.
+
+    Each event is scored with all of its user's earlier events as history, as the only candidate.
+    """
+    was_training = model.training
+    model.eval()
+    metrics = ReplayMetrics()
+    done = 0
+    for passes in source.batches_of_tokens(BATCH_TOKENS):
+        batch = source.batch(passes)
+        model.check_ids(batch.tokens)
+        tokens = batch.tokens.to(backend.device)
+        attention = JaggedAttention(model.config, tokens.seq_offsets, tokens.num_candidates, impl)
+        hidden = model(tokens, attention)  # [T, D]
+        logits = model.rank(hidden[batch.item_rows.to(backend.device)])
+        predicted = batch.has_previous
+        before = (batch.item_rows[predicted] - 1).to(backend.device)
+        ranks = model.next_item_rank(hidden[before], batch.video_ids[predicted].to(backend.device))
+        metrics.add(ranks.cpu().numpy(), logits.cpu().numpy(), batch.labels)
+        done += len(batch.labels)
+        on_step(done, source.num_examples)
+    model.train(was_training)
+    return metrics.summary(CUTOFFS)
+
+
+def mean_auc(metrics: Mapping[str, Any], tasks: Sequence[str]) -> float:
+    """The mean over those of the tasks that have an AUC; NaN where none has."""
+    values = [metrics["auc"][task] for task in tasks if metrics["auc"][task] is not None]
+    return sum(values) / len(values) if values else math.nan
