@@ -65,7 +65,7 @@ def next_item_loss(
     if choice.sampled_from is None:
         return _LogPartition.apply(queries, items, own, None, 0.0) - own.sum()
     repeats = choice.items == target_rows[:, None]  # [R, V]: a target among its negatives would count twice
-    log_share = math.log((choice.sampled_from - 1) / len(items))
+    log_share = math.log(choice.sampled_from / len(items))
     return _LogPartition.apply(queries, items, own, repeats, log_share) - own.sum()
 
 

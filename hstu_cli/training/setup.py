@@ -43,7 +43,7 @@ class ActionBits(nn.Module):
         self.register_buffer("bits", torch.cat([torch.ones(NUM_ACTION_WEIGHTS, 1), bits], 1))  # [256, 9]
         dim = table.weight.shape[1]
         self.vectors = nn.Parameter(torch.randn(1 + len(TASKS), dim, generator=generator) * BIT_SHARE * dim**-0.5)
-        self.to(table.weight.device)
+        self.to(table.weight)
         self.write()
 
     @torch.no_grad()
