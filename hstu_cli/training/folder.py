@@ -60,7 +60,7 @@ class RunFolder:
                 f"{self.path} holds a training run already. Go on with it by --resume, or name another folder."
             )
         state = read_file(self.state_file)
-        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+        if not isinstance(state, dict) or state.get("version") != STATE_VERSION or "settings" not in state:
             raise InputError(f"{self.state_file} is no state of a training run of this version.")
         then, now = json.loads(state["settings"]), json.loads(json.dumps(settings))
         for name in sorted(then.keys() | now.keys()):

@@ -1,0 +1,223 @@
+"""How good a trained model is on real rows: hit rate and AUC after the training period, over several seeds.
+
+Trains on every request before `--until` for a fixed number of epochs, then scores every event after it
+with all of that user's earlier events as history. Nothing of the test period chooses anything: settings
+and epochs come from `--study`, which trains on an earlier part and validates on the days before `--until`.
+
+Baselines from the same rows: items by popularity in the training period, and the sum of the log-odds of
+the item's and the user's rate.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+
+from hstu_cli.backend import Backend
+from hstu_cli.bench.metrics import ReplayMetrics
+from hstu_cli.commands.options import parse_counts, parse_date
+from hstu_cli.config import CONTEXTUAL_FEATURES, MODEL_PRESETS, TASKS, ModelConfig
+from hstu_cli.data.dataset import PreparedDataset
+from hstu_cli.data.layout import dataset_name
+from hstu_cli.model import save_checkpoint
+from hstu_cli.report import environment, key_value_table, plain
+from hstu_cli.training.examples import ExampleSource
+from hstu_cli.training.options import TrainingOptions
+from hstu_cli.training.periods import open_periods
+from hstu_cli.training.setup import new_model
+from hstu_cli.training.trainer import Trainer
+from hstu_cli.training.validation import validate
+
+CONFIG = replace(MODEL_PRESETS["tiny"], max_history=256, scaling_seqlen=256)
+"""The model: `tiny` with a window that holds every history of the sample."""
+
+OPTIONS = TrainingOptions()
+STUDY_DAYS = 3
+STUDY_EPOCHS = 4
+
+TARGETS = {"hit_rate_10": 0.048, "hit_rate_50": 0.16, "auc_long_view": 0.740, "auc_is_click": 0.725}
+
+VARIANTS: dict[str, Callable[[ModelConfig, TrainingOptions], tuple[ModelConfig, TrainingOptions]]] = {
+    "as used": lambda c, o: (c, o),
+    "without user_id": lambda c, o: (replace(c, contextual_features=CONTEXTUAL_FEATURES[1:]), o),
+    "no id dropout": lambda c, o: (c, replace(o, id_dropout=0.0)),
+    "no dropout": lambda c, o: (c, replace(o, dropout=0.0)),
+    "dropout 0.2": lambda c, o: (c, replace(o, dropout=0.2)),
+    "learning rate / 2": lambda c, o: (c, replace(o, lr=o.lr / 2)),
+    "learning rate x 2": lambda c, o: (c, replace(o, lr=o.lr * 2)),
+    "weight decay 0.1": lambda c, o: (c, replace(o, weight_decay=0.1)),
+    "no next-item loss": lambda c, o: (c, replace(o, next_item_weight=0.0)),
+    "next-item weight / 4": lambda c, o: (c, replace(o, next_item_weight=o.next_item_weight / 4)),
+    "512 negatives": lambda c, o: (c, replace(o, num_negatives=512)),
+    "temperature 0.1": lambda c, o: (replace(c, next_item_temperature=0.1), o),
+    "width 128": lambda c, o: (replace(c, hidden_dim=128, num_heads=4, head_dims=(128, 8)), o),
+    "four layers": lambda c, o: (replace(c, num_layers=4), o),
+}
+"""One change each."""
+
+
+def trained_and_scored(
+    dataset: PreparedDataset,
+    config: ModelConfig,
+    options: TrainingOptions,
+    *,
+    until_ms: int,
+    scored_until_ms: int | None,
+    dtype: torch.dtype,
+    log: Callable[[str], None],
+    save: Path | None = None,
+) -> dict[str, Any]:
+    """Train on requests before `until_ms`; the metrics of every event from then to `scored_until_ms`."""
+    backend = Backend()
+    periods = open_periods(dataset, config, until_ms=until_ms, from_ms=None)
+    test = ExampleSource(dataset, config, from_ms=until_ms, until_ms=scored_until_ms)
+    model = new_model(dataset, config, periods.training, options.seed)
+    trainer = Trainer(model, periods.training, periods.tasks, options, backend, dtype=dtype, impl="blocked")
+    started = time.perf_counter()
+    losses = []
+    for _ in range(options.epochs):
+        trainer.run_epoch()
+        losses.append(trainer.sums.means())
+        log(f"  epoch {trainer.epoch}: {losses[-1]}, {time.perf_counter() - started:,.0f} s")
+    trained = time.perf_counter()
+    metrics = validate(model, test, backend, "blocked")
+    if save is not None:
+        save_checkpoint(model, save)
+    return {
+        **{f"hit_rate_{k}": hits for k, hits in metrics["hit_rate"].items()},
+        **{f"auc_{task}": auc for task, auc in metrics["auc"].items()},
+        "losses": losses,
+        "num_examples": test.num_examples,
+        "training_s": trained - started,
+        "scoring_s": time.perf_counter() - trained,
+    }
+
+
+def baselines(dataset: PreparedDataset, config: ModelConfig, until_ms: int) -> dict[str, float]:
+    """Popularity as the next item, and rates of items and users as scores, on the events of the test period."""
+    training = ExampleSource(dataset, config, until_ms=until_ms)
+    test = ExampleSource(dataset, config, from_ms=until_ms)
+    before, after = (_columns(source) for source in (training, test))
+    videos, counts = np.unique(before["video"], return_counts=True)
+    rank = dict(zip(videos[np.argsort(-counts, kind="stable")].tolist(), range(1, len(videos) + 1), strict=True))
+    ranks = np.array([rank.get(video, 0) for video in after["video"].tolist()])
+    metrics = ReplayMetrics()
+    scores = np.zeros((len(ranks), len(TASKS)), np.float32)
+    for t in range(len(TASKS)):
+        scores[:, t] = sum(_log_odds(before, after, key, t) for key in ("video", "user"))
+    metrics.add(ranks, scores, after["labels"])
+    found = metrics.summary((10, 50))
+    return {
+        **{f"hit_rate_{k}": hits for k, hits in found["hit_rate"].items()},
+        **{f"auc_{task}": found["auc"][task] for task in ("long_view", "is_click")},
+    }
+
+
+def _columns(source: ExampleSource) -> dict[str, np.ndarray]:
+    """User, video and label of every example, in one order."""
+    batches = [(passes, source.batch(passes)) for passes in source.batches_of_tokens(1 << 17)]
+    users = [
+        np.repeat(source.user_ids[[one.user for one in passes]], [one.end - one.scored_from for one in passes])
+        for passes, _ in batches
+    ]
+    return {
+        "user": np.concatenate(users),
+        "video": np.concatenate([batch.video_ids.numpy() for _, batch in batches]),
+        "labels": np.concatenate([batch.labels for _, batch in batches]),
+    }
+
+
+def _log_odds(before: dict[str, np.ndarray], after: dict[str, np.ndarray], key: str, task: int) -> np.ndarray:
+    """Log-odds of a task's rate among the training events of each test event's item or user, smoothed to the mean."""
+    label = (before["labels"] >> task) & 1
+    ids, inverse, counts = np.unique(before[key], return_inverse=True, return_counts=True)
+    mean = label.mean()
+    rate = (np.bincount(inverse, label) + 10 * mean) / (counts + 10)
+    place = np.searchsorted(ids, after[key]).clip(max=len(ids) - 1)
+    own = np.where(ids[place] == after[key], rate[place], mean).clip(1e-6, 1 - 1e-6)
+    return np.log(own / (1 - own))
+
+
+def rows_of(
+    dataset: PreparedDataset, study: bool, seeds: tuple[int, ...], until_ms: int, dtype: torch.dtype, save: Path | None
+) -> Iterator[dict[str, Any]]:
+    """A row per seed, or per variant of the study."""
+    log = Console(stderr=True).print
+    if not study:
+        for seed in seeds:
+            log(f"seed {seed}")
+            options = replace(OPTIONS, seed=seed)
+            folder = None if save is None else save / f"seed-{seed}"
+            yield {"seed": seed} | trained_and_scored(
+                dataset, CONFIG, options, until_ms=until_ms, scored_until_ms=None, dtype=dtype, log=log, save=folder
+            )
+        return
+    for name, change in VARIANTS.items():
+        log(name)
+        config, options = change(CONFIG, replace(OPTIONS, epochs=STUDY_EPOCHS, seed=seeds[0]))
+        split_ms = until_ms - STUDY_DAYS * 86_400_000
+        yield {"variant": name} | trained_and_scored(
+            dataset, config, options, until_ms=split_ms, scored_until_ms=until_ms, dtype=dtype, log=log
+        )
+
+
+def main(
+    data_root: Annotated[Path, typer.Option(help="Folder of the prepared data.")],
+    out: Annotated[Path, typer.Option(help="The JSON record.")],
+    dataset: str = "pure",
+    until: str = "2022-04-25",
+    seeds: str = "0,1,2,3,4",
+    study: Annotated[bool, typer.Option("--study", help="One change at a time, on a validation split.")] = False,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    threads: Annotated[int | None, typer.Option(help="Threads of torch. [default: all cores]")] = None,
+    save: Annotated[Path | None, typer.Option(help="Keep each seed's checkpoint in this folder.")] = None,
+) -> None:
+    """Train, score, and write a record after each seed or variant."""
+    Backend().tune_process()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    prepared = PreparedDataset(data_root, dataset_name(dataset))
+    until_ms = parse_date("--until", until)
+    record: dict[str, Any] = {
+        "command": "benchmarks/quality.py",
+        "env": environment(Backend().device_name, Backend().memory_bytes),
+        "dataset": {"name": prepared.name, "num_events": prepared.metadata["num_events"]},
+        "until": until,
+        "model": CONFIG.to_dict(),
+        "options": asdict(OPTIONS) | {"dtype": dtype},
+        "study": study,
+        "rows": [],
+    }
+    if not study:
+        record |= {"targets": TARGETS, "baselines": baselines(prepared, CONFIG, until_ms)}
+    narrow = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    for row in rows_of(prepared, study, parse_counts("--seeds", seeds, least=0), until_ms, narrow, save):
+        record["rows"].append(row)
+        if not study:
+            record["summary"] = {name: _spread([row[name] for row in record["rows"]]) for name in TARGETS}
+        out.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+        name = row.get("variant", f"seed {row.get('seed')}")
+        Console().print(key_value_table(str(name), {k: row[k] for k in (*TARGETS, "training_s", "scoring_s")}))
+    if not study:
+        Console().print(key_value_table("mean over seeds", {k: v["mean"] for k, v in record["summary"].items()}))
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
