@@ -17,7 +17,7 @@ help:  ## Show these targets
 
 setup: $(READY)  ## Make .venv with the package and all that the tests need
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test,plot]'
 	$(BIN)/python -m pip install --quiet 'torch<2.14' $(TORCHREC_DEPS) \
