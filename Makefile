@@ -5,6 +5,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # Made when the environment is complete, and again when what it holds has changed.
 READY  := $(VENV)/.ready
+# TorchRec asks for fbgemm's CUDA build and an old torchmetrics, of which its lookup needs neither: so it comes alone,
+# beside fbgemm's CPU build. That one goes with one version of torch: 1.8.0 with 2.13.
+TORCHREC      := torchrec==1.8.0
+TORCHREC_DEPS := fbgemm-gpu-cpu==1.8.0 tensordict tqdm pyre-extensions
 
 .PHONY: help setup demo test lint format clean
 
@@ -13,9 +17,12 @@ help:  ## Show these targets
 
 setup: $(READY)  ## Make .venv with the package and all that the tests need
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test,plot]'
+	$(BIN)/python -m pip install --quiet 'torch<2.14' $(TORCHREC_DEPS) \
+	  && $(BIN)/python -m pip install --quiet --no-deps $(TORCHREC) \
+	  || echo "TorchRec cannot be installed here; its tests will say so and skip."
 	touch $@
 
 demo: $(READY)  ## Replay synthetic requests through a random model on this machine

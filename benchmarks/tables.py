@@ -8,6 +8,7 @@ import typer
 
 COLUMNS = {
     "num_users": "users",
+    "embedding": "embedding",
     "variant": "variant",
     "num_candidates": "candidates",
     "batch_size": "batch",
@@ -20,7 +21,7 @@ COLUMNS = {
     "speedup_limit_roofline": "limit on this machine",
     "roofline_fraction": "of roofline",
 }
-"""Headers by field, in order; a column that no row has is left out."""
+"""Headers by field, in order; a column that no row has is left out, and so is one and the same embedding."""
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
@@ -45,6 +46,8 @@ def main(records: Annotated[list[Path], typer.Argument(help="JSON records of hst
         record = json.loads(path.read_text(encoding="utf-8"))
         rows = [cells(row) for row in record["rows"]]
         shown = [name for name in COLUMNS if any(name in row for row in rows)]
+        if len({row.get("embedding") for row in rows}) == 1:
+            shown = [name for name in shown if name != "embedding"]
         device, ceilings = record["device"], record["ceilings"]
         print(
             f"`{path}`: {device['name']}, {device['dtype']}, {record['env']['threads']} threads; ceilings "

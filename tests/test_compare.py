@@ -87,6 +87,20 @@ def test_implementations_and_tiers_can_be_compared(measured: dict[str, Any], tmp
     assert "no measured case in common" in invoke("compare", a, several).stderr
 
 
+def test_embeddings_are_told_apart_and_can_be_compared(measured: dict[str, Any], tmp_path: Path) -> None:
+    def record(name: str, *embeddings: str, impl: str = "blocked") -> Path:
+        rows = [row | {"embedding": embedding, "impl": impl} for embedding in embeddings for row in measured["rows"]]
+        return saved(tmp_path / f"{name}.json", measured, rows=rows)
+
+    both = record("both", "torch", "torchrec")
+    assert len(record_of("compare", both, record("other", "torch", "torchrec", impl="other"))["rows"]) == 8
+    one = record_of("compare", both, record("one", "torchrec"))
+    assert [row["case"].count("embedding torchrec") for row in one["rows"]] == [1] * 4
+    assert len(one["only_in_a"]) == 4
+    assert len(record_of("compare", record("a", "torch"), record("b", "torchrec"))["rows"]) == 4
+    assert "no measured case in common" in invoke("compare", both, record("c", "dynamicemb")).stderr
+
+
 def test_records_of_infer_are_one_case(tmp_path: Path) -> None:
     path = tmp_path / "infer.json"
     record_of("infer", "--config", "tiny", "--steps", "2", "--output-json", path)

@@ -1,6 +1,7 @@
 """`bench-e2e`: whole requests of users whose histories grow, embedding to logits, with and without the cache."""
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,7 @@ from hstu_cli.errors import UsageError
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
 from hstu_cli.model.cost import SequenceShape, activation_bytes, block_bytes, block_flops, block_parameters
 from hstu_cli.model.engine import InferenceEngine
+from hstu_cli.model.lookups import make_lookup
 from hstu_cli.model.ranking import RankingModel, random_model
 from hstu_cli.model.tokens import UserRequest
 from hstu_cli.timing import Case, latency_summary, paired_ratio
@@ -87,9 +89,11 @@ class GrowingUsers:
         tokens = config.num_context_tokens + self.history_step * self.num_batches
         return self.num_users * -(-tokens // page_size)
 
-    def memory_bytes(self, config: ModelConfig, itemsize: int, page_size: int, *, dense: bool) -> int:
+    def memory_bytes(
+        self, config: ModelConfig, itemsize: int, page_size: int, *, dense: bool, num_caches: int = 1
+    ) -> int:
         """About what the run needs at a time: weights twice (one copy is exact), pages, intermediates."""
-        pages = self.pages(config, page_size) * page_size * config.num_layers * 2 * config.attention_dim
+        pages = num_caches * self.pages(config, page_size) * page_size * config.num_layers * 2 * config.attention_dim
         tables = (NUM_ITEMS + config.position_buckets) * config.hidden_dim
         largest = self.shapes(config, cached=False)[-1]
         return (
@@ -99,10 +103,15 @@ class GrowingUsers:
         )
 
 
+Key = tuple[str, str]
+"""What names a run of a workload: embedding and variant."""
+
+
 @dataclass
 class _Variant:
     """One way to run the workload; `logits` holds what each batch gave the last time."""
 
+    key: Key
     name: str
     engine: InferenceEngine
     logits: dict[int, np.ndarray] = field(default_factory=dict)
@@ -130,35 +139,41 @@ def run_e2e_benchmark(
     impl: str,
     page_size: int,
     seed: int,
-    embedding: str,
+    embeddings: Sequence[str],
     preset: str | None,
     on_group: Progress = lambda done, total: None,
 ) -> Iterator[dict[str, Any]]:
-    """Time the variants of each workload in turn and yield their rows. preset: whose published figures to add."""
+    """Time each workload's variants with every embedding, in turns, and yield their rows.
+
+    preset: whose published figures to add.
+    """
     model = benchmark_model(config, seed)
     exact = InferenceEngine(copy.deepcopy(model).to(wider(session.dtype)), impl)
     model = model.to(session.backend.device, session.dtype)
+    lookups = {embedding: make_lookup(embedding, model) for embedding in embeddings}
     for done, workload in enumerate(workloads):
         on_group(done, len(workloads))
         lacking = session.memory_lacking(
-            workload.memory_bytes(config, session.dtype.itemsize, page_size, dense=impl == "reference")
+            workload.memory_bytes(
+                config, session.dtype.itemsize, page_size, dense=impl == "reference", num_caches=len(embeddings)
+            )
         )
         reasons = {name: lacking or _why_not(session, name) for name in variants}
-        runs: list[_Variant] = []
         runnable = [name for name in variants if reasons[name] is None]
-        for name in (
-            dict.fromkeys((BASELINE, *runnable)) if runnable else ()
-        ):  # the others are compared with the baseline
-            pool = KVCacheConfig(workload.pages(config, page_size), page_size)
-            cache = KVCacheManager(pool, config, session.dtype, session.backend) if name != BASELINE else None
-            runs.append(_Variant(name, InferenceEngine(model, impl, cache)))
+        runs: list[_Variant] = []
+        for embedding, lookup in lookups.items() if runnable else ():
+            for name in dict.fromkeys((BASELINE, *runnable)):  # the others are compared with the baseline
+                pool = KVCacheConfig(workload.pages(config, page_size), page_size)
+                cache = KVCacheManager(pool, config, session.dtype, session.backend) if name != BASELINE else None
+                label = name if len(lookups) == 1 else f"{embedding}, {name}"
+                runs.append(_Variant((embedding, name), label, InferenceEngine(model, impl, cache, lookup)))
         measured = {}
         try:
             with out_of_memory_named():
                 measured = _measured(session, workload, runs, config, exact, seed) if runs else {}
         except OutOfMemoryError:
             reasons |= dict.fromkeys(runnable, "ran out of memory")
-        for name in variants:
+        for embedding, name in itertools.product(lookups, variants):
             row = {
                 "batch_size": workload.num_users,
                 "num_users": workload.num_users,
@@ -174,7 +189,8 @@ def run_e2e_benchmark(
                 workload.num_batches,
                 workload.num_candidates,
             )
-            yield row | (measured.get(name) or {"skipped": reasons[name]}) | {"published_ms": published}
+            result = measured.get((embedding, name)) or {"skipped": reasons[name]}
+            yield row | result | {"published_ms": published}
     on_group(len(workloads), len(workloads))
 
 
@@ -186,17 +202,21 @@ def dry_rows(
     *,
     impl: str,
     page_size: int,
+    embeddings: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
     """The cases of a run and what they would cost."""
     for workload in workloads:
-        for name in variants:
+        for embedding, name in itertools.product(embeddings, variants):
             flops, num_bytes = workload.cost(config, itemsize, cached=name != BASELINE)
             yield {
                 "num_users": workload.num_users,
                 "variant": name,
+                "embedding": embedding,
                 "flops": flops,
                 "bytes": num_bytes,
-                "memory_bytes": workload.memory_bytes(config, itemsize, page_size, dense=impl == "reference"),
+                "memory_bytes": workload.memory_bytes(
+                    config, itemsize, page_size, dense=impl == "reference", num_caches=len(embeddings)
+                ),
                 "speedup_limit": workload.cost(config, itemsize, cached=False)[0] / flops,
             }
 
@@ -208,8 +228,8 @@ def _measured(
     config: ModelConfig,
     exact: InferenceEngine,
     seed: int,
-) -> dict[str, dict[str, Any]]:
-    """Time the variants, then compare what they computed in the timed run."""
+) -> dict[Key, dict[str, Any]]:
+    """Time the variants, then compare what they computed in the timed run, each with its embedding's baseline."""
     batches = workload.requests(config, seed)
     cases = [
         Case(run.name, [partial(run.step, i, requests) for i, requests in enumerate(batches)], run.forget)
@@ -217,19 +237,24 @@ def _measured(
     ]
     group = f"{workload.num_users} users"
     samples = session.measure(group, cases)
-    base = runs[0]
-    budget = session.check_rounding(group, _rounding(base, batches, exact))
+    bases = {run.key[0]: run for run in runs if run.key[1] == BASELINE}
+    budgets = {
+        embedding: session.check_rounding(f"{group}, {base.name}", _rounding(base, batches, exact))
+        for embedding, base in bases.items()
+    }
     base_flops, base_bytes = workload.cost(config, session.dtype.itemsize, cached=False)
     measured = {}
     for run in runs:
+        embedding, variant = run.key
+        base = bases[embedding]
         pairs = [(run.logits[i], base.logits[i]) for i in range(len(batches))]
         errors = [relative_error(torch.from_numpy(own), torch.from_numpy(expected)) for own, expected in pairs]
-        session.check(f"{group}, {run.name}", max(errors), budget)
-        flops, num_bytes = workload.cost(config, session.dtype.itemsize, cached=run.name != BASELINE)
+        session.check(f"{group}, {run.name}", max(errors), budgets[embedding])
+        flops, num_bytes = workload.cost(config, session.dtype.itemsize, cached=variant != BASELINE)
         least = session.ceilings.least_ms
         rates = session.rates(samples[run.name], flops, least(flops, num_bytes))
-        speedup = paired_ratio(samples[BASELINE], samples[run.name])
-        measured[run.name] = {
+        speedup = paired_ratio(samples[base.name], samples[run.name])
+        measured[run.key] = {
             "total_ms": rates["latency_ms"]["p50"],
             **rates,
             "latency_ms": latency_summary(samples[run.name]),

@@ -1,13 +1,13 @@
 """`hstu bench-e2e`: whole requests of growing users, with and without the cache."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hstu_cli.commands import options
-from hstu_cli.errors import UnavailableError, UsageError
+from hstu_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,7 +19,6 @@ EXAMPLE = "Example: hstu bench-e2e --dtype bf16 --num-users 1,8 --output-json e2
 NUM_USERS = "1,2,4,8"
 NUM_ITERS = 3
 VARIANTS = "baseline,kvcache,kvcache+graph"
-EMBEDDINGS = ("auto", "torch", "torchrec", "dynamicemb")
 
 
 def bench_e2e(
@@ -31,7 +30,7 @@ def bench_e2e(
     candidates: Annotated[int, typer.Option(min=1, help="Candidates of a request.")] = 256,
     variants: Annotated[str, typer.Option(metavar="LIST", help="What to run.")] = VARIANTS,
     embedding: Annotated[
-        str, typer.Option(help="Embedding tables: auto or torch, the built-in ones; this version has no others.")
+        str, typer.Option(metavar="LIST", help="What looks embeddings up: auto (torch), torch, torchrec, dynamicemb.")
     ] = "auto",
     config: options.Config = None,
     page_size: Annotated[
@@ -59,12 +58,12 @@ def bench_e2e(
     args = dict(locals())
     users = options.parse_counts("--num-users", NUM_USERS if num_users is None else num_users, least=1)
     chosen = _parse_variants(variants)
-    _check_embedding(embedding)
     from hstu_cli.bench.e2e import GrowingUsers, dry_rows, run_e2e_benchmark
     from hstu_cli.bench.session import benchmark_config
     from hstu_cli.charts import check_plot
     from hstu_cli.commands import bench
     from hstu_cli.commands.opening import open_run
+    from hstu_cli.model.lookups import choose_embedding
 
     if plot is not None:
         check_plot(plot)
@@ -79,6 +78,7 @@ def bench_e2e(
         output_json=output_json,
         metadata=metadata,
     )
+    choices = {choice.name: choice for choice in (choose_embedding(n, opened.backend.type) for n in _names(embedding))}
     preset = opened.choice.preset
     model_config = benchmark_config(config, preset)
     # The bound limits memory and never results; with fewer, the baseline would recompute the history for each chunk.
@@ -86,9 +86,21 @@ def bench_e2e(
     workloads = [GrowingUsers(count, history_step, num_batches, candidates) for count in users]
     workloads[0].check(model_config)
     tokens = page_size or (preset.page_size if preset else 32)
-    opened.reporter.record |= {"model": model_config.to_dict(), "page_size": tokens}
+    opened.reporter.record |= {
+        "model": model_config.to_dict(),
+        "page_size": tokens,
+        "embeddings": [asdict(choice) for choice in choices.values()],
+    }
     if dry_run:
-        rows = dry_rows(workloads, chosen, model_config, opened.dtype.itemsize, impl=opened.impl.name, page_size=tokens)
+        rows = dry_rows(
+            workloads,
+            chosen,
+            model_config,
+            opened.dtype.itemsize,
+            impl=opened.impl.name,
+            page_size=tokens,
+            embeddings=list(choices),
+        )
         bench.dry_run(opened, rows)
         return
     iterations = NUM_ITERS if num_iters is None else num_iters
@@ -101,7 +113,7 @@ def bench_e2e(
             def seconds() -> float:
                 kinds = {name != "baseline" for name in chosen} | {False}
                 costs = [w.cost(model_config, opened.dtype.itemsize, cached=kind) for kind in kinds for w in workloads]
-                rounds = slower * (run.session.warmup + run.session.iterations)
+                rounds = slower * len(choices) * (run.session.warmup + run.session.iterations)
                 return bench.estimated_seconds(run.session, sum(flops for flops, _ in costs), rounds)
 
             while len(workloads) > 1 and seconds() > bench.CPU_SECONDS:
@@ -119,27 +131,25 @@ def bench_e2e(
             impl=opened.impl.name,
             page_size=tokens,
             seed=seed,
-            embedding="torch",
+            embeddings=list(choices),
             preset=preset.name if preset and config is None else None,  # figures of this very model
             on_group=lambda done, total: run.progress.count(done, total, "numbers of users"),
         ):
             run.rows.append(row)  # one by one, so that an interrupted run keeps what is finished
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """The names of a comma-separated list, once each."""
+    return tuple(dict.fromkeys(item.strip() for item in text.split(",")))
+
+
 def _parse_variants(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(item.strip() for item in text.split(",")))
+    names = _names(text)
     known = VARIANTS.split(",")
     for name in names:
         if name not in known:
             raise UsageError(f"--variants knows {', '.join(known)}, not {name!r}.")
     return names
-
-
-def _check_embedding(name: str) -> None:
-    if name not in EMBEDDINGS:
-        raise UsageError(f"--embedding is one of {', '.join(EMBEDDINGS)}, not {name!r}.")
-    if name not in ("auto", "torch"):
-        raise UnavailableError(f"--embedding {name}: this version has the built-in tables alone; use torch.")
 
 
 def _tables(record: Mapping[str, Any]) -> "list[Table]":
@@ -150,18 +160,28 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
 
     published = any(row.get("published_ms") for row in record["rows"])
     table = Table(title="Total of all batches", title_justify="left")
-    names = ["Users", "Variant", "ms (range)", "of roofline", "Speed-up (range)", "Limit", ""]
+    several = len(record["embeddings"]) > 1
+    names = [
+        "Users",
+        *(["Embedding"] if several else []),
+        "Variant",
+        "ms (range)",
+        "of roofline",
+        "Speed-up (range)",
+        "Limit",
+        "",
+    ]
     if published:
         names += [f"{published_name(record)}: ms"]
     names += ["Logits differ by"]
     for name in names:
         table.add_column(
             name,
-            justify="left" if name in ("", "Variant") else "right",
-            no_wrap="range" in name or name in ("", "Variant"),
+            justify="left" if name in ("", "Embedding", "Variant") else "right",
+            no_wrap="range" in name or name in ("", "Embedding", "Variant"),
         )
     for row in record["rows"]:
-        start = [f"{row['num_users']}", row["variant"]]
+        start = [f"{row['num_users']}", *([row["embedding"]] if several else []), row["variant"]]
         theirs = [format_value(row["published_ms"])] if published else []
         if "skipped" in row:
             table.add_row(*start, f"skipped: {row['skipped']}", *[""] * 4, *theirs)
@@ -186,21 +206,23 @@ def _panels(record: Mapping[str, Any]) -> "list[Panel]":
 
     rows = [row for row in record["rows"] if "skipped" not in row]
     users = list(dict.fromkeys(row["num_users"] for row in rows))
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    found = {(row["variant"], row["num_users"]): row for row in rows}
+    several = len(record["embeddings"]) > 1
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}  # rows by the name of their series, then by users
+    for row in rows:
+        name = f"{row['variant']}, {row['embedding']}" if several else row["variant"]
+        found.setdefault(name, {})[row["num_users"]] = row
     labels = [f"{count} users" for count in users]
 
-    def values(field: str, variant: str) -> list[float | None]:
-        return [found.get((variant, count), {}).get(field) for count in users]
+    def values(field: str, name: str) -> list[float | None]:
+        return [found[name].get(count, {}).get(field) for count in users]
 
-    totals = {variant: values("total_ms", variant) for variant in variants}
-    totals |= {
-        f"{variant}, {published_name(record)}": values("published_ms", variant)
-        for variant in variants
-        if any(values("published_ms", variant))
-    }
-    cached = [variant for variant in variants if variant != "baseline"]
-    speedups = {variant: values("speedup_vs_baseline", variant) for variant in cached}
+    totals = {name: values("total_ms", name) for name in found}
+    for name, of_users in found.items():
+        variant = next(iter(of_users.values()))["variant"]
+        if any(values("published_ms", name)):
+            totals[f"{variant}, {published_name(record)}"] = values("published_ms", name)
+    cached = [name for name in found if not name.startswith("baseline")]
+    speedups = {name: values("speedup_vs_baseline", name) for name in cached}
     panels = [Panel("Total of all batches", "ms", labels, totals)]
     if cached:
         panels.append(Panel("Speed-up over the baseline", "x", labels, speedups, values("speedup_limit", cached[0])))

@@ -1,6 +1,6 @@
 """`hstu compare`: two saved records side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: hstu compare before.json after.json --fail-below 0.95"
 
-SETTINGS = ("env", "device", "args", "model", "page_size", "dataset", "batch_size", "scaled")
+SETTINGS = ("env", "device", "args", "model", "embedding", "page_size", "dataset", "batch_size", "scaled")
 """Parts of a record that decide what was measured."""
 
 NEVER_COMPARED = ("output_json", "plot", "profile", "verbose", "format", "metadata", "predictions_out", "git_commit")
@@ -34,6 +34,9 @@ ROW_KEYS = (
     "impl",
 )
 """Fields that name a row."""
+
+MAY_DIFFER = ((), ("impl", "cache_tier"), ("impl", "cache_tier", "embedding"))
+"""Fields in which the cases of two records may differ: the fewest that leave cases in common."""
 
 
 def compare(
@@ -126,18 +129,19 @@ def _cases(record: Mapping[str, Any], path: Path) -> dict[Key, float]:
 
 
 def _pairs(ours: Mapping[Key, float], theirs: Mapping[Key, float]) -> list[tuple[str, Key, Key]]:
-    """Cases of both, in A's order: the same in all that names them, else in all but implementation and cache tier."""
-    exact = [(_name(key), key, key) for key in ours if key in theirs]
-    if exact:
-        return exact
-    loose = [{_loose(key): key for key in cases} for cases in (ours, theirs)]
-    if len(loose[0]) < len(ours) or len(loose[1]) < len(theirs):
-        return []  # several implementations in one record: whose is whose cannot be told
-    return [(_name(key), one, loose[1][key]) for key, one in loose[0].items() if key in loose[1]]
+    """Cases of both, in A's order: the same in all that names them, else in all but a part of `MAY_DIFFER`."""
+    for ignored in MAY_DIFFER:
+        a, b = ({_without(key, ignored): key for key in cases} for cases in (ours, theirs))
+        if len(a) < len(ours) or len(b) < len(theirs):
+            break  # several implementations in one record: whose is whose cannot be told
+        pairs = [(_name(key), one, b[key]) for key, one in a.items() if key in b]
+        if pairs:
+            return pairs
+    return []
 
 
-def _loose(key: Key) -> Key:
-    return tuple((name, value) for name, value in key if name not in ("impl", "cache_tier"))
+def _without(key: Key, names: Sequence[str]) -> Key:
+    return tuple((name, value) for name, value in key if name not in names)
 
 
 def _name(key: Key) -> str:

@@ -17,10 +17,11 @@ def env(
     metadata: options.Metadata = None,
     verbose: options.Verbose = False,
 ) -> None:
-    """Show backends, operator implementations and versions on this machine."""
+    """Show backends, operator implementations, embeddings and versions on this machine."""
     args = dict(locals())
     from hstu_cli.backend import BACKENDS, open_device
     from hstu_cli.kernels.dispatch import IMPLEMENTATIONS, choose_impl
+    from hstu_cli.model.lookups import EMBEDDINGS, why_unavailable
     from hstu_cli.report import Reporter, environment, parse_metadata
 
     reporter = Reporter(
@@ -45,6 +46,10 @@ def env(
         record["backends"] = {kind.type: _describe(kind) for kind in BACKENDS}
         operators = ("hstu_attention", "hstu_paged_attention")
         record["implementations"] = {operator: list(IMPLEMENTATIONS) for operator in operators}
+        reasons = {name: why_unavailable(name, backend.type) for name in EMBEDDINGS}
+        record["embeddings"] = {
+            name: {"available": reason is None, "reason": reason} for name, reason in reasons.items()
+        }
 
 
 def _describe(kind: Any) -> dict[str, Any]:
@@ -63,9 +68,14 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
     }
     device = record["device"]
     chosen = {"auto": f"{device['actual']}, {device['dtype']}, {device['impl']} ({device['impl_reason']})"}
+    embeddings = {
+        name: "available" if embedding["available"] else f"absent: {embedding['reason']}"
+        for name, embedding in record["embeddings"].items()
+    }
     operators = {name: ", ".join(impls) for name, impls in record["implementations"].items()}
     return [
         key_value_table("Backends", backends | chosen),
         key_value_table("Operators", operators),
+        key_value_table("Embeddings", embeddings),
         key_value_table("Versions and machine", record["env"]),
     ]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +54,7 @@ def infer(
         int | None,
         typer.Option(min=1, metavar="N", help="Recompute every Nth request uncached; differences fail."),
     ] = None,
+    embedding: options.Embedding = "auto",
     dump_logits: Annotated[bool, typer.Option("--dump-logits", help="Print the shape of each batch's logits.")] = False,
     device: options.Device = "auto",
     require_device: options.RequireDevice = False,
@@ -82,6 +84,7 @@ def infer(
     from hstu_cli.config import DEFAULT_PRESET, MODEL_PRESETS, resolve_model_config
     from hstu_cli.data.predictions import PredictionsWriter, check_writable
     from hstu_cli.model.engine import InferenceEngine
+    from hstu_cli.model.lookups import choose_embedding, make_lookup
     from hstu_cli.model.recsys_examples import is_recsys_examples
 
     if predictions_out is not None:
@@ -100,6 +103,7 @@ def infer(
         metadata=metadata,
     )
     reporter, backend = opened.reporter, opened.backend
+    chosen_embedding = choose_embedding(embedding, backend.type)
     prepared = open_dataset(dataset, data_root, reporter)
     if checkpoint is not None:
         loaded = open_checkpoint(checkpoint, config)
@@ -122,7 +126,7 @@ def infer(
         sizes = CacheOptions(page_size, num_pages, host_bytes, verify_host=verify_cache is not None)
         cache = build_cache(source, model.config, model.dtype, backend, sizes)
     replay = Replay(
-        InferenceEngine(model, opened.impl.name, cache),
+        InferenceEngine(model, opened.impl.name, cache, make_lookup(chosen_embedding.name, model)),
         source,
         backend,
         batch_size=batch_size,
@@ -134,6 +138,7 @@ def infer(
     reporter.record |= {
         "dataset": {"name": prepared.name, "path": str(prepared.path)},
         "model": model.config.to_dict() | {"weights": "checkpoint" if checkpoint else "random"},
+        "embedding": asdict(chosen_embedding),
     }
     replay.warm_up()
     writer = PredictionsWriter(predictions_out) if predictions_out is not None else None
@@ -166,6 +171,7 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
             "Weights": record["model"]["weights"],
             "Device": f"{device['name']} ({device['actual']}), {device['dtype']}",
             "Implementation": f"{device['impl']} ({device['impl_reason']})",
+            "Embedding": f"{record['embedding']['name']} ({record['embedding']['reason']})",
             "Requests": f"{record['num_requests']:,} in {record['num_batches']:,} batches",
             "Throughput": f"{format_value(record['throughput_rps'])} requests/s",
         },

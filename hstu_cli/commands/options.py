@@ -32,6 +32,7 @@ RequireDevice = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16; auto is fp32 on a CPU, bf16 elsewhere.")]
 Impl = Annotated[str, typer.Option(help="Implementation of the operators: auto, reference or blocked.")]
+Embedding = Annotated[str, typer.Option(help="What looks embeddings up: auto (torch), torch, torchrec or dynamicemb.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Config = Annotated[
     str | None, typer.Option(metavar="NAME|FILE", help="Model: kuairand_gr, tiny, benchmark, or a config.json.")

@@ -1,7 +1,7 @@
 """DynamicEmb's dumps: the raw ids of a table and their embeddings, as flat files of one rank each.
 
 `<table>_emb_keys.rank_<r>.world_size_<w>` holds little-endian int64, `<table>_emb_values…` float32
-[keys, dim]. Nothing of DynamicEmb is needed to read them.
+[keys, dim]. Nothing of DynamicEmb is needed to read or write them.
 """
 
 import re
@@ -63,6 +63,18 @@ def find_dumps(folder: Path) -> tuple[dict[str, list[RankFiles]], int]:
             raise InputError(f"{extra[0]}: its rank is not below its world size {world}.")
         tables[table] = [RankFiles(files[rank, "keys"], files[rank, "values"]) for rank in range(world)]
     return tables, ignored
+
+
+def write_table(folder: Path, table: str, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Write keys int64 [rows] and embeddings [rows, dim] as the dump of a single rank; OSError where that fails.
+
+    Each key has score 1: a table that keeps scores does not load without.
+    """
+    of_rank = "rank_0.world_size_1"
+    keys.cpu().numpy().astype("<i8").tofile(folder / f"{table}_emb_keys.{of_rank}")
+    values.float().cpu().numpy().astype("<f4").tofile(folder / f"{table}_emb_values.{of_rank}")
+    np.ones(len(keys), "<u8").tofile(folder / f"{table}_emb_scores.{of_rank}")
+    (folder / f"{table}_opt_args.json").write_text("{}\n", encoding="utf-8")
 
 
 def read_table(ranks: Sequence[RankFiles], dim: int) -> tuple[torch.Tensor, torch.Tensor]:

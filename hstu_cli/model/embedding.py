@@ -1,10 +1,15 @@
 """Embedding tables that are looked up by raw id."""
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import nn
 
 DEFAULT_KEY = -1
 """The key of the row that every unknown id takes."""
+
+Lookup = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+"""Turns the raw ids of every table, int64 [n], into their embeddings, [n, D] in the dtype of the weights."""
 
 
 class EmbeddingTable(nn.Module):
@@ -32,6 +37,11 @@ class EmbeddingTable(nn.Module):
         """Rows of the table, the default row included."""
         return self.weight.shape[0]
 
+    @property
+    def has_row_for_all(self) -> bool:
+        """Whether no id takes the zero vector."""
+        return self.sorted_keys is None or self.has_default
+
     def rows_of(self, ids: torch.Tensor) -> torch.Tensor:
         """Row of each id, int64 like `ids`; -1 for an id that takes the zero vector."""
         if self.sorted_keys is None:
@@ -49,10 +59,13 @@ class EmbeddingTable(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings [*ids.shape, dim] of int64 ids."""
         rows = self.rows_of(ids)
-        if self.sorted_keys is None or self.has_default:
+        if self.has_row_for_all:
             return nn.functional.embedding(rows, self.weight)
-        known = (rows >= 0)[..., None]
-        return nn.functional.embedding(rows.clamp(min=0), self.weight) * known
+        return self.zero_unknown(nn.functional.embedding(rows.clamp(min=0), self.weight), rows)
+
+    def zero_unknown(self, embeddings: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """`embeddings` [n, dim] with the zero vector where `rows` [n], as of `rows_of`, are -1."""
+        return embeddings if self.has_row_for_all else embeddings * (rows >= 0)[..., None]
 
     def _find(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Place among the sorted keys and whether the id is there, for each of `ids`."""

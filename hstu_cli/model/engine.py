@@ -10,6 +10,7 @@ from hstu_cli.config import ModelConfig
 from hstu_cli.kvcache import KVCacheManager
 from hstu_cli.kvcache.batch import CacheBatch
 from hstu_cli.kvcache.fingerprint import HistoryFingerprint
+from hstu_cli.model.embedding import Lookup
 from hstu_cli.model.identity import WeightsIdentity
 from hstu_cli.model.layer import Attention, JaggedAttention
 from hstu_cli.model.ranking import RankingModel
@@ -37,13 +38,20 @@ class InferenceEngine:
 
     More candidates than that are scored in chunks against the same history: the bound limits
     memory, never results. With a cache, the keys and values of histories are kept between steps;
-    the scores are the same up to rounding.
+    the scores are the same up to rounding. `lookup` finds the embeddings; None leaves it to the model.
     """
 
-    def __init__(self, model: RankingModel, impl: str = "auto", cache: KVCacheManager | None = None) -> None:
+    def __init__(
+        self,
+        model: RankingModel,
+        impl: str = "auto",
+        cache: KVCacheManager | None = None,
+        lookup: Lookup | None = None,
+    ) -> None:
         self.model = model
         self.impl = impl
         self.cache = cache
+        self.lookup = lookup
         self.weights = WeightsIdentity(model)
 
     @torch.no_grad()
@@ -116,7 +124,7 @@ class InferenceEngine:
             attention = cache.attention(config, *sizes, self.impl)
         else:
             attention = cache.candidate_attention(config, members, *sizes, self.impl)
-        return self.model(on_device, attention), batch
+        return self.model(on_device, attention, self.lookup), batch
 
 
 def _fingerprint(config: ModelConfig, identity: bytes, request: UserRequest) -> HistoryFingerprint:

@@ -9,7 +9,7 @@ from torch import nn
 
 from hstu_cli.config import NUM_ACTION_WEIGHTS, ModelConfig
 from hstu_cli.errors import InputError
-from hstu_cli.model.embedding import EmbeddingTable
+from hstu_cli.model.embedding import EmbeddingTable, Lookup
 from hstu_cli.model.layer import Attention, HSTUBlock
 from hstu_cli.model.tokens import ACTION_TABLE, VIDEO_TABLE, TokenBatch, table_names
 
@@ -67,16 +67,23 @@ class RankingModel(nn.Module):
                     f"{table.num_rows} rows. Use the data set that the model was made for."
                 )
 
-    def embed(self, batch: TokenBatch) -> torch.Tensor:
-        """`h_t = sqrt(D) * e_t + P[position_t]` of every token, [T, D]."""
+    def look_up(self, ids: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Embeddings [n, D] of the raw ids of every table, int64 [n], from the tables themselves."""
+        return {name: table(ids[name]) for name, table in self.embeddings.items()}
+
+    def embed(self, batch: TokenBatch, lookup: Lookup | None = None) -> torch.Tensor:
+        """`h_t = sqrt(D) * e_t + P[position_t]` of every token, [T, D].
+
+        lookup: what finds the embeddings (`hstu_cli.model.lookups`); None is `look_up`.
+        """
         tokens = self.position.weight.new_empty(batch.num_tokens, self.config.hidden_dim)
-        for name, table in self.embeddings.items():
-            tokens.index_copy_(0, batch.slots[name], table(batch.ids[name]))
+        for name, embeddings in (lookup or self.look_up)(batch.ids).items():
+            tokens.index_copy_(0, batch.slots[name], embeddings)
         return torch.add(self.position(batch.positions), tokens, alpha=math.sqrt(self.config.hidden_dim))
 
-    def forward(self, batch: TokenBatch, attention: Attention) -> torch.Tensor:
-        """The block's output for every token of the batch, [T, D]."""
-        tokens = F.dropout(self.embed(batch), self.dropout, self.training)
+    def forward(self, batch: TokenBatch, attention: Attention, lookup: Lookup | None = None) -> torch.Tensor:
+        """The block's output for every token of the batch, [T, D]; `lookup` as in `embed`."""
+        tokens = F.dropout(self.embed(batch, lookup), self.dropout, self.training)
         return self.layers(tokens, attention)
 
     def rank(self, rows: torch.Tensor) -> torch.Tensor:
