@@ -146,7 +146,8 @@ class Worker {
         ld_sums_(width_ + ROW_STEP) {
     const int64_t sizes[] = {
         int64_t(sizeof(tile_t)) * QUERY_ROWS * width_,     int64_t(sizeof(tile_t)) * QUERY_ROWS * width_,
-        int64_t(sizeof(tile_t)) * SCORE_KEYS * ld_keys_,   int64_t(sizeof(tile_t)) * CHUNK_KEYS * round_up(width_, PANEL),
+        int64_t(sizeof(tile_t)) * SCORE_KEYS * ld_keys_,
+        int64_t(sizeof(tile_t)) * CHUNK_KEYS * round_up(width_, PANEL<tile_t>),
         int64_t(sizeof(real_t)) * SCORE_KEYS * LD_SCORES, int64_t(sizeof(tile_t)) * QUERY_ROWS * LD_WEIGHTS,
         int64_t(sizeof(real_t)) * QUERY_ROWS * ld_sums_,   int64_t(sizeof(real_t)) * 2 * width_,
         int64_t(sizeof(tile_t)) * 2 * width_};

@@ -79,7 +79,8 @@ std::vector<Sequence> sequences_of(
 }
 
 void check_like(const at::Tensor& q, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.sizes() == q.sizes() && x.scalar_type() == q.scalar_type() && x.is_cpu(), "k and v must be like q");
+  const bool like = x.sizes() == q.sizes() && x.scalar_type() == q.scalar_type() && x.is_cpu();
+  TORCH_CHECK_VALUE(like, "k and v must be like q");
 }
 
 at::Tensor paged_attention(

@@ -23,7 +23,8 @@ constexpr int64_t KEY_STEP = 32;  // keys and channels of a head in multiples of
 
 // Right operands are stored as panels of so many columns, one behind the other: a panel of a few hundred rows stays in
 // the first-level cache, and no power of two lies between its rows. Half as fast without.
-constexpr int64_t PANEL = 64;
+template <typename tile_t>
+constexpr int64_t PANEL = is_paired<tile_t> ? 64 : 32;
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -128,19 +129,19 @@ template <typename tile_t>
 void multiply_panels(
     int64_t m, int64_t begin, int64_t end, int64_t k, const tile_t* a, int64_t lda, const tile_t* b, int64_t panel_rows,
     sum_t<tile_t>* c, int64_t ldc, bool add) {
-  constexpr int64_t interleaved = is_paired<tile_t> ? 2 : 1;
+  constexpr int64_t interleaved = is_paired<tile_t> ? 2 : 1, ld = PANEL<tile_t>;
   for (int64_t column = begin; column < end;) {
-    const int64_t next = std::min((column / PANEL + 1) * PANEL, end);
-    const tile_t* panel = b + column / PANEL * PANEL * panel_rows + column % PANEL * interleaved;
-    for (int64_t i = 0; i < m; i += PANEL) {
-      multiply(std::min(PANEL, m - i), next - column, k, a + i * lda, lda, panel, PANEL, c + i * ldc + column, ldc, add);
+    const int64_t next = std::min((column / ld + 1) * ld, end);
+    const tile_t* panel = b + column / ld * ld * panel_rows + column % ld * interleaved;
+    for (int64_t i = 0; i < m; i += ld) {
+      multiply(std::min(ld, m - i), next - column, k, a + i * lda, lda, panel, ld, c + i * ldc + column, ldc, add);
     }
     column = next;
   }
 }
 
-// Rows [count] in memory as the right operand of a product, [padded, width] in panels of `panel_rows`; rows behind count
-// are zero. spare: two rows.
+// Rows [count] in memory as the right operand of a product, [padded, width] in panels of `panel_rows`; rows behind
+// count are zero. spare: two rows.
 //
 // Two rows of bf16 are interleaved. Of each 32 channels the even ones come first, then the odd ones: then a shift and a
 // mask do it without moving anything between vector lanes. `store_row` puts the product's columns in order again.
@@ -148,7 +149,7 @@ template <typename scalar_t, typename tile_t>
 void load_values(
     const scalar_t* const* rows, int64_t count, int64_t padded, int64_t channels, tile_t* tile, int64_t panel_rows,
     int64_t width, tile_t* spare) {
-  constexpr int64_t step = is_paired<tile_t> ? 2 : 1;
+  constexpr int64_t step = is_paired<tile_t> ? 2 : 1, ld = PANEL<tile_t>;
   for (int64_t j = 0; j < padded; j += step) {
     const tile_t* source[step];
     for (int64_t r = 0; r < step; ++r) {
@@ -163,7 +164,7 @@ void load_values(
       source[r] = spare + r * width;
     }
     for (int64_t c = 0; c < width; c += KEY_STEP) {
-      tile_t* target = tile + c / PANEL * PANEL * panel_rows + j * PANEL + c % PANEL * step;
+      tile_t* target = tile + c / ld * ld * panel_rows + j * ld + c % ld * step;
       if constexpr (is_paired<tile_t>) {
         interleave(source[0] + c, source[1] + c, target);
       } else {
@@ -187,14 +188,14 @@ void transpose(const real_t* source, int64_t ld_source, real_t* target, int64_t 
 // Queries [rows, width] as the right operand, [width, rows] in panels; of bf16 two channels are interleaved.
 template <typename tile_t>
 void transpose_queries(const tile_t* queries, int64_t width, tile_t* tile, int64_t rows) {
-  for (int64_t i = 0; i < rows; i += PANEL) {
-    const int64_t count = std::min(PANEL, rows - i);
+  for (int64_t i = 0; i < rows; i += PANEL<tile_t>) {
+    const int64_t count = std::min(PANEL<tile_t>, rows - i);
     tile_t* panel = tile + i * width;
     if constexpr (is_paired<tile_t>) {  // two bf16 move as one float, which no instruction here interprets
       const auto* source = reinterpret_cast<const float*>(queries + i * width);
-      transpose(source, width / 2, reinterpret_cast<float*>(panel), PANEL, count, width / 2);
+      transpose(source, width / 2, reinterpret_cast<float*>(panel), PANEL<tile_t>, count, width / 2);
     } else {
-      transpose(queries + i * width, width, panel, PANEL, count, width);
+      transpose(queries + i * width, width, panel, PANEL<tile_t>, count, width);
     }
   }
 }
