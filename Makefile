@@ -10,7 +10,7 @@ READY  := $(VENV)/.ready
 TORCHREC      := torchrec==1.8.0
 TORCHREC_DEPS := fbgemm-gpu-cpu==1.8.0 tensordict tqdm pyre-extensions
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test sanitize lint format clean
 
 help:  ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,13 @@ demo: $(READY)  ## Replay synthetic requests through a random model on this mach
 
 test: $(READY)  ## Run the tests (add ARGS='-m slow' for the long ones)
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+SANITIZERS := -O1 -g -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all
+
+sanitize: $(READY)  ## Run the operators' tests on native kernels built with sanitizers (needs g++)
+	CXX=g++ HSTU_KERNEL_CXXFLAGS="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest -k native tests/test_attention.py tests/test_paged_attention.py tests/test_native.py $(ARGS)
 
 lint: $(READY)  ## Check style and formatting
 	$(BIN)/ruff check .

@@ -9,10 +9,12 @@ the item's and the user's rate.
 """
 
 import json
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +43,8 @@ CONFIG = replace(MODEL_PRESETS["tiny"], max_history=256, scaling_seqlen=256)
 
 OPTIONS = TrainingOptions()
 STUDY_DAYS = 3
-STUDY_EPOCHS = 4
+STUDY_EPOCHS = 3
+DAY_MS = 86_400_000
 
 TARGETS = {"hit_rate_10": 0.048, "hit_rate_50": 0.16, "auc_long_view": 0.740, "auc_is_click": 0.725}
 
@@ -146,68 +149,103 @@ def _log_odds(before: dict[str, np.ndarray], after: dict[str, np.ndarray], key: 
     return np.log(own / (1 - own))
 
 
-def rows_of(
-    dataset: PreparedDataset, study: bool, seeds: tuple[int, ...], until_ms: int, dtype: torch.dtype, save: Path | None
-) -> Iterator[dict[str, Any]]:
-    """A row per seed, or per variant of the study."""
-    log = Console(stderr=True).print
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One row of the record: what to train, on what, and how to call it."""
+
+    name: dict[str, Any]
+    config: ModelConfig
+    options: TrainingOptions
+    until_ms: int
+    scored_until_ms: int | None
+    save: Path | None = None
+
+
+def jobs_of(study: bool, seeds: tuple[int, ...], until_ms: int, save: Path | None) -> list[Job]:
+    """A job per seed, or per variant of the study."""
     if not study:
-        for seed in seeds:
-            log(f"seed {seed}")
-            options = replace(OPTIONS, seed=seed)
-            folder = None if save is None else save / f"seed-{seed}"
-            yield {"seed": seed} | trained_and_scored(
-                dataset, CONFIG, options, until_ms=until_ms, scored_until_ms=None, dtype=dtype, log=log, save=folder
-            )
-        return
-    for name, change in VARIANTS.items():
-        log(name)
-        config, options = change(CONFIG, replace(OPTIONS, epochs=STUDY_EPOCHS, seed=seeds[0]))
-        split_ms = until_ms - STUDY_DAYS * 86_400_000
-        yield {"variant": name} | trained_and_scored(
-            dataset, config, options, until_ms=split_ms, scored_until_ms=until_ms, dtype=dtype, log=log
-        )
+        return [
+            Job({"seed": seed}, CONFIG, replace(OPTIONS, seed=seed), until_ms, None, save and save / f"seed-{seed}")
+            for seed in seeds
+        ]
+    options = replace(OPTIONS, epochs=STUDY_EPOCHS, seed=seeds[0])
+    split_ms = until_ms - STUDY_DAYS * DAY_MS
+    return [Job({"variant": name}, *change(CONFIG, options), split_ms, until_ms) for name, change in VARIANTS.items()]
+
+
+def run_job(job: Job, data_root: Path, name: str, dtype: str, threads: int) -> dict[str, Any]:
+    """The row of a job."""
+    Backend().tune_process()
+    torch.set_num_threads(threads)
+    log = Console(stderr=True, soft_wrap=True).print
+    row = trained_and_scored(
+        PreparedDataset(data_root, name),
+        job.config,
+        job.options,
+        until_ms=job.until_ms,
+        scored_until_ms=job.scored_until_ms,
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
+        log=lambda text: log(f"{job.name}: {text}"),
+        save=job.save,
+    )
+    return job.name | row
 
 
 def main(
     data_root: Annotated[Path, typer.Option(help="Folder of the prepared data.")],
-    out: Annotated[Path, typer.Option(help="The JSON record.")],
+    out: Annotated[Path, typer.Option(help="The JSON record; rows that it has already are not made again.")],
     dataset: str = "pure",
     until: str = "2022-04-25",
     seeds: str = "0,1,2,3,4",
     study: Annotated[bool, typer.Option("--study", help="One change at a time, on a validation split.")] = False,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    threads: Annotated[int | None, typer.Option(help="Threads of torch. [default: all cores]")] = None,
+    processes: Annotated[int, typer.Option(help="Rows to make at a time, each with its share of the cores.")] = 1,
     save: Annotated[Path | None, typer.Option(help="Keep each seed's checkpoint in this folder.")] = None,
 ) -> None:
     """Train, score, and write a record after each seed or variant."""
-    Backend().tune_process()
-    if threads is not None:
-        torch.set_num_threads(threads)
     prepared = PreparedDataset(data_root, dataset_name(dataset))
     until_ms = parse_date("--until", until)
+    threads = max(1, torch.get_num_threads() // processes)
     record: dict[str, Any] = {
         "command": "benchmarks/quality.py",
-        "env": environment(Backend().device_name, Backend().memory_bytes),
+        "env": environment(Backend().device_name, Backend().memory_bytes) | {"threads": threads},
         "dataset": {"name": prepared.name, "num_events": prepared.metadata["num_events"]},
         "until": until,
         "model": CONFIG.to_dict(),
-        "options": asdict(OPTIONS) | {"dtype": dtype},
+        "options": asdict(OPTIONS) | {"dtype": dtype, "study_days": STUDY_DAYS, "study_epochs": STUDY_EPOCHS},
         "study": study,
         "rows": [],
     }
     if not study:
         record |= {"targets": TARGETS, "baselines": baselines(prepared, CONFIG, until_ms)}
-    narrow = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    for row in rows_of(prepared, study, parse_counts("--seeds", seeds, least=0), until_ms, narrow, save):
-        record["rows"].append(row)
-        if not study:
-            record["summary"] = {name: _spread([row[name] for row in record["rows"]]) for name in TARGETS}
-        out.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
-        name = row.get("variant", f"seed {row.get('seed')}")
-        Console().print(key_value_table(str(name), {k: row[k] for k in (*TARGETS, "training_s", "scoring_s")}))
-    if not study:
-        Console().print(key_value_table("mean over seeds", {k: v["mean"] for k, v in record["summary"].items()}))
+    if out.exists():
+        earlier = json.loads(out.read_text(encoding="utf-8"))
+        if any(earlier[name] != plain(record[name]) for name in ("model", "options", "until", "study", "dataset")):
+            raise typer.BadParameter(f"{out} was made with other settings.")
+        record["rows"] = earlier["rows"]
+    done = [row.get("variant", row.get("seed")) for row in record["rows"]]
+    jobs = [j for j in jobs_of(study, parse_counts("--seeds", seeds, least=0), until_ms, save) if not done_in(j, done)]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        running = [pool.submit(run_job, job, data_root, prepared.name, dtype, threads) for job in jobs]
+        for finished in as_completed(running):
+            add_row(record, finished.result(), out)
+
+
+def done_in(job: Job, done: list[Any]) -> bool:
+    """Whether the record has the job's row."""
+    return next(iter(job.name.values())) in done
+
+
+def add_row(record: dict[str, Any], row: dict[str, Any], out: Path) -> None:
+    """Put a row into the record, write it, and show it."""
+    record["rows"].append(row)
+    tables = [key_value_table(f"{row.get('variant', row.get('seed'))}", {k: row[k] for k in (*TARGETS, "training_s")})]
+    if not record["study"]:
+        record["summary"] = {name: _spread([row[name] for row in record["rows"]]) for name in TARGETS}
+        tables.append(key_value_table("mean so far", {k: v["mean"] for k, v in record["summary"].items()}))
+    out.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+    for table in tables:
+        Console().print(table)
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.implementations import IMPLEMENTATIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,7 +16,6 @@ from hstu_cli.kernels import hstu_attention
 from hstu_cli.kernels.attention import blocked
 from hstu_cli.kernels.attention.cases import ATTENTION_CASES, AttentionCase, AttentionInputs, make_inputs
 
-IMPLEMENTATIONS = ("reference", "blocked")
 NARROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*NARROW_DTYPES, torch.float64)
 ROUNDINGS = 8
@@ -111,7 +111,7 @@ def test_error_is_what_rounding_explains(case: AttentionCase, dtype: torch.dtype
     assert (error <= bound).all(), f"{(error / bound).max():.3} times the bound"
 
 
-@pytest.mark.parametrize("impl", ["blocked", "auto"])
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS[1:], "auto"])
 @pytest.mark.parametrize("dtype", NARROW_DTYPES, ids=str)
 @every_case
 def test_error_is_at_most_twice_that_of_the_reference(case: AttentionCase, dtype: torch.dtype, impl: str) -> None:
@@ -333,5 +333,5 @@ def test_inputs_that_do_not_fit_are_refused(mistake: str) -> None:
 
 
 def test_an_unknown_implementation_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"'fast'.*auto, reference, blocked"):
+    with pytest.raises(ValueError, match=r"'fast'.*auto, reference, blocked, native"):
         run(VALID, "fast")

@@ -21,9 +21,11 @@ from hstu_cli.bench.layer import LayerGrid, LayerGroup, scaled_grid
 from hstu_cli.bench.published import published_layer
 from hstu_cli.commands import bench
 from hstu_cli.config import MODEL_PRESETS
+from hstu_cli.kernels.dispatch import choose_impl
 from hstu_cli.kvcache.transfers import TransferJob
 from hstu_cli.model import layer
 
+FASTEST = choose_impl("auto", "cpu").name
 ONE = ["--history", "48", "--candidates", "0", "--batch-size", "1"]
 SMALL = ["bench-layer", "--config", "tiny", "--num-iters", "2"]
 GRID = ["--history", "48,33", "--cached", "1/2,31/32,7", "--candidates", "0,5", "--batch-size", "1,3"]
@@ -49,7 +51,7 @@ def test_every_combination_is_a_row() -> None:
     ]
     for row in rows:
         assert row.keys() >= MEASURED
-        assert row["impl"] == "blocked"
+        assert row["impl"] == FASTEST
         assert row["cache_tier"] == ("device" if row["cached_length"] else None)
         assert len(row["latency_ms"]["samples"]) == 2
         assert 0 < row["roofline_fraction"] < 1.5
@@ -63,7 +65,7 @@ def test_every_combination_is_a_row() -> None:
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_host_tier_and_the_eager_peer_compute_the_same(page_size: int) -> None:
     rows = record_of(*SMALL, *GRID, "--cache-tier", "host", "--compare", "eager", "--page-size", page_size)["rows"]
-    assert {row["impl"] for row in rows} == {"blocked", "eager"}
+    assert {row["impl"] for row in rows} == {FASTEST, "eager"}
     assert {row["cache_tier"] for row in rows} == {None, "host"}
     assert all(row["output_error"] < 1e-5 for row in rows)
 
@@ -284,7 +286,7 @@ def test_a_profile_is_a_trace(tmp_path: Path) -> None:
     )
     [path] = tmp_path.glob("*.json")
     names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
-    assert {"blocked, cached 0", "blocked, cached 8"} <= names
+    assert {f"{FASTEST}, cached 0", f"{FASTEST}, cached 8"} <= names
     assert any(name and name.startswith("aten::") for name in names)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.implementations import IMPLEMENTATIONS
 from support.oracle import CONTEXTUAL_FEATURES, SMALL_CONFIG, Config, Oracle, OracleRequest, random_state
 
 from hstu_cli.errors import InputError
@@ -16,7 +17,6 @@ from hstu_cli.model.engine import InferenceEngine
 from hstu_cli.model.layer import JaggedAttention
 from hstu_cli.model.tokens import UserRequest, build_token_batch
 
-IMPLEMENTATIONS = ("reference", "blocked")
 HISTORY_LENGTHS = (0, 1, 7, 8, 9, 24)  # around the window W = 8, and 3 W
 CANDIDATE_COUNTS = (0, 1, 5, 6, 13)  # max_candidates is 5: up to three chunks
 

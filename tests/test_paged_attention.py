@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from support.implementations import IMPLEMENTATIONS
 
 from hstu_cli.kernels import append_to_pages, hstu_attention, hstu_paged_attention
 from hstu_cli.kernels.attention import blocked as attention_blocked
 from hstu_cli.kernels.paged_attention.cases import PAGED_CASES, PagedCase, PagedInputs, make_paged_inputs
 
-IMPLEMENTATIONS = ("reference", "blocked")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

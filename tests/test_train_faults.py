@@ -45,6 +45,7 @@ def command(root: Path, out: Path, *arguments: object) -> list[object]:
         (["--next-item-weight", "nan"], "--next-item-weight"),
         (["--num-negatives", 0], "--num-negatives"),
         (["--dtype", "fp16"], "bf16 or fp32"),
+        (["--impl", "native"], "no gradients"),
         (["--until", "2022-05-01", "--from", "2022-04-25"], "trained and validated on"),
         (["--until", "soon"], "2022-04-25"),
         (["--config", "huge"], "kuairand_gr, tiny, benchmark"),

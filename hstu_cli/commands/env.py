@@ -1,7 +1,10 @@
 """`hstu env`: what this machine has, and the reason for whatever is missing."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from hstu_cli.commands import options
 
@@ -11,7 +14,13 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: hstu env --format json"
 
 
+BuildKernels = Annotated[
+    bool, typer.Option("--build-kernels", help="Build the native CPU kernels now; again if that failed before.")
+]
+
+
 def env(
+    build_kernels: BuildKernels = False,
     format: options.Format = options.OutputFormat.rich,
     output_json: options.OutputJson = None,
     metadata: options.Metadata = None,
@@ -20,10 +29,15 @@ def env(
     """Show backends, operator implementations, embeddings and versions on this machine."""
     args = dict(locals())
     from hstu_cli.backend import BACKENDS, open_device
+    from hstu_cli.errors import UnavailableError
     from hstu_cli.kernels.dispatch import IMPLEMENTATIONS, choose_impl
+    from hstu_cli.kernels.native.build import native_state
     from hstu_cli.model.lookups import EMBEDDINGS, why_unavailable
     from hstu_cli.report import Reporter, environment, parse_metadata
 
+    native = native_state(build=build_kernels, retry=build_kernels)
+    if build_kernels and not native.available:
+        raise UnavailableError(f"--build-kernels: {native.reason}.")
     reporter = Reporter(
         "env",
         args,
@@ -33,7 +47,7 @@ def env(
     )
     with reporter.running(_tables) as record:
         backend = open_device("auto").backend
-        implementation = choose_impl("auto", backend.type)
+        implementation = choose_impl("auto", backend.type, build=False)
         record["env"] = environment(backend.device_name, backend.memory_bytes)
         record["device"] = {
             "requested": "auto",
@@ -45,6 +59,7 @@ def env(
         }
         record["backends"] = {kind.type: _describe(kind) for kind in BACKENDS}
         operators = ("hstu_attention", "hstu_paged_attention")
+        record["native"] = asdict(native)
         record["implementations"] = {operator: list(IMPLEMENTATIONS) for operator in operators}
         reasons = {name: why_unavailable(name, backend.type) for name in EMBEDDINGS}
         record["embeddings"] = {
@@ -73,6 +88,8 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
         for name, embedding in record["embeddings"].items()
     }
     operators = {name: ", ".join(impls) for name, impls in record["implementations"].items()}
+    native = record["native"]
+    operators["native"] = native["reason"] if native["available"] else f"absent: {native['reason']}"
     return [
         key_value_table("Backends", backends | chosen),
         key_value_table("Operators", operators),

@@ -42,13 +42,17 @@ def open_run(
     json_only: bool,
     output_json: Path | None,
     metadata: Sequence[str] | None,
+    gradients: bool = False,
 ) -> Opened:
-    """Resolve the shared options, in the order in which their errors matter; warn where a preset's GPU is absent."""
+    """Resolve the shared options, in the order in which their errors matter; warn where a preset's GPU is absent.
+
+    gradients: the command needs an implementation that has them.
+    """
     choice = open_device(device, require=require_device)
     backend = choice.backend
     backend.tune_process()
     dtype_name = resolve_dtype(dtype, backend)
-    implementation = choose_impl(impl, backend.type)
+    implementation = choose_impl(impl, backend.type, gradients=gradients)
     reporter = Reporter(
         command, args, json_only=json_only, output_json=output_json, metadata=parse_metadata(list(metadata or []))
     )

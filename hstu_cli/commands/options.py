@@ -31,7 +31,7 @@ RequireDevice = Annotated[
     bool, typer.Option("--require-device", help="Fail where the GPU that --device names is absent.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16; auto is fp32 on a CPU, bf16 elsewhere.")]
-Impl = Annotated[str, typer.Option(help="Implementation of the operators: auto, reference or blocked.")]
+Impl = Annotated[str, typer.Option(help="Implementation of the operators: auto, reference, blocked or native.")]
 Embedding = Annotated[str, typer.Option(help="What looks embeddings up: auto (torch), torch, torchrec or dynamicemb.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Config = Annotated[

@@ -90,6 +90,7 @@ def train(
         json_only=format is options.OutputFormat.json,
         output_json=output_json,
         metadata=metadata,
+        gradients=True,
     )
     reporter, backend = opened.reporter, opened.backend
     if opened.dtype == torch.float16:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from hstu_cli.kernels.checks import int_list
-from hstu_cli.kernels.dispatch import choose_impl
+from hstu_cli.kernels.dispatch import choose_impl_for
 
 
 def hstu_attention(
@@ -34,17 +34,20 @@ def hstu_attention(
 
     M_ij is 1 where token i may see token j: for a history token, j <= i; for a candidate, j in the
     history or j == i. Returns o, [tokens, heads, head_dim] contiguous, in q's dtype; differentiable in
-    q, k and v.
-    Raises ValueError for inputs that do not fit together.
+    q, k and v, but for native.
+    Raises ValueError for inputs that do not fit together, and for native where a gradient is wanted;
+    UnavailableError for native where it cannot be built.
     """
     offsets, candidates = check_jagged_inputs(q, k, v, seq_offsets, num_candidates)
     if scaling_seqlen < 1:
         raise ValueError(f"scaling_seqlen must be at least 1, not {scaling_seqlen}")
-    match choose_impl(impl, q.device.type).name:
+    match choose_impl_for(impl, q, k, v):
         case "reference":
             from hstu_cli.kernels.attention.reference import attention
         case "blocked":
             from hstu_cli.kernels.attention.backward import attention
+        case "native":
+            from hstu_cli.kernels.attention.native import attention
     return attention(q, k, v, offsets, candidates, alpha=alpha, scaling_seqlen=scaling_seqlen)
 
 

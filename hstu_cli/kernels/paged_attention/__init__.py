@@ -6,7 +6,7 @@ import torch
 
 from hstu_cli.kernels.attention import check_jagged_inputs
 from hstu_cli.kernels.checks import int_list
-from hstu_cli.kernels.dispatch import choose_impl
+from hstu_cli.kernels.dispatch import choose_impl_for
 
 
 def hstu_paged_attention(
@@ -41,11 +41,13 @@ def hstu_paged_attention(
     if scaling_seqlen < 1:
         raise ValueError(f"scaling_seqlen must be at least 1, not {scaling_seqlen}")
     tables, lengths = check_page_tables(q, pages, page_indptr, page_ids, cached_lengths, len(candidates))
-    match choose_impl(impl, q.device.type).name:
+    match choose_impl_for(impl, q, k, v, pages):
         case "reference":
             from hstu_cli.kernels.paged_attention.reference import attention
         case "blocked":
             from hstu_cli.kernels.paged_attention.blocked import attention
+        case "native":
+            from hstu_cli.kernels.paged_attention.native import attention
     return attention(q, k, v, offsets, candidates, pages, tables, lengths, alpha=alpha, scaling_seqlen=scaling_seqlen)
 
 

@@ -1,0 +1,26 @@
+"""Paged HSTU attention by the C++ operators, which read keys and values where the pages are."""
+
+from itertools import accumulate, chain
+
+import torch
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: list[int],
+    num_candidates: list[int],
+    pages: torch.Tensor,
+    page_tables: list[list[int]],
+    cached_lengths: list[int],
+    *,
+    alpha: float,
+    scaling_seqlen: int,
+) -> torch.Tensor:
+    """See `hstu_paged_attention`; no gradients."""
+    indptr = list(accumulate(map(len, page_tables), initial=0))
+    ids = list(chain.from_iterable(page_tables))
+    return torch.ops.hstu_native.attention(
+        q, k, v, offsets, num_candidates, pages, indptr, ids, cached_lengths, alpha, scaling_seqlen
+    )

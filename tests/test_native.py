@@ -1,0 +1,231 @@
+"""The native operators beyond their cases: threads, odd shapes, gradients, and building them or not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.cli import failure_of, record_of
+from test_attention import oracle, run
+from test_paged_attention import oracle as paged_oracle
+from test_paged_attention import run as run_paged
+
+from hstu_cli.errors import UnavailableError, UsageError
+from hstu_cli.kernels import hstu_attention
+from hstu_cli.kernels.attention.cases import AttentionCase, make_inputs
+from hstu_cli.kernels.dispatch import choose_impl
+from hstu_cli.kernels.native import build
+from hstu_cli.kernels.paged_attention.cases import PagedCase, make_paged_inputs
+
+TINY_BENCH = ("bench-layer", "--config", "tiny", "--history", 8, "--candidates", 0, "--batch-size", 1)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("num_threads", [1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_threads_is_right_and_repeats_itself(threads, num_threads: int, dtype: torch.dtype) -> None:
+    # One head and few rows: only by sharing the keys do the threads all have work.
+    threads(num_threads)
+    inputs = make_inputs(AttentionCase((1500, 3), (40, 1), num_heads=1, head_dim=32), dtype)
+    output = run(inputs, "native")
+    expected, bound = oracle(inputs)
+    assert ((output.double() - expected).abs() <= bound).all()
+    assert all(torch.equal(run(inputs, "native"), output) for _ in range(3))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_few_rows_over_many_pages(threads, num_threads: int) -> None:
+    threads(num_threads)
+    case = PagedCase(AttentionCase((2100, 5), (3, 0), num_heads=1, head_dim=64), (2098, 4), 7)
+    inputs = make_paged_inputs(case, torch.bfloat16)
+    output, expected = run_paged(inputs, "native"), paged_oracle(inputs)
+    assert (output.double() - expected).norm() <= 0.005 * expected.norm()
+    assert all(torch.equal(run_paged(inputs, "native"), output) for _ in range(3))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 3, 8, 31, 33, 96, 160, 257])
+def test_any_width_of_a_head(head_dim: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(AttentionCase((70, 1), (3, 2), num_heads=2, head_dim=head_dim), dtype)
+    expected, bound = oracle(inputs)
+    assert ((run(inputs, "native").double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_far_from_zero(dtype: torch.dtype) -> None:
+    inputs = make_inputs(AttentionCase((40,), (3,), num_heads=1, head_dim=16), dtype)
+    inputs.q.mul_(60)  # scores of several hundred to either side, where exp leaves its range
+    expected, bound = oracle(inputs)
+    output = run(inputs, "native")
+    assert ((output.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.native
+def test_bf16_without_matrix_units() -> None:
+    code = (
+        "import torch, sys; sys.path.insert(0, 'tests')\n"
+        "from test_attention import *\n"
+        "for case in ATTENTION_CASES:\n"
+        "    inputs = make_inputs(case, torch.bfloat16)\n"
+        "    expected, bound = oracle(inputs)\n"
+        "    assert ((run(inputs, 'native').double() - expected).abs() <= bound).all(), case.id\n"
+        "assert not torch.ops.hstu_native.has_bf16_tiles()\n"
+    )
+    done = in_process(code, ONEDNN_MAX_CPU_ISA="AVX2")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.native
+def test_gradients_are_refused_or_left_to_another() -> None:
+    inputs = make_inputs(AttentionCase((5,), (1,), num_heads=1, head_dim=8), torch.float32)
+    q = inputs.q.clone().requires_grad_()
+    arguments = (q, inputs.k, inputs.v, inputs.seq_offsets, inputs.num_candidates)
+    scale = {"alpha": inputs.alpha, "scaling_seqlen": inputs.scaling_seqlen}
+    with pytest.raises(ValueError, match="computes no gradients; use 'auto' or 'blocked'"):
+        hstu_attention(*arguments, **scale, impl="native")
+    with torch.no_grad():
+        expected = hstu_attention(*arguments, **scale, impl="native")
+        assert torch.equal(hstu_attention(*arguments, **scale), expected)
+
+
+def test_native_is_for_cpus() -> None:
+    with pytest.raises(UsageError, match="runs on a CPU, not on cuda"):
+        choose_impl("native", "cuda")
+    assert choose_impl("auto", "cuda").name == "blocked"
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache, and no attempt made yet; nothing may succeed here, for a library loads once in a process."""
+    monkeypatch.setattr(build, "_state", None)
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "kernels"))
+    return tmp_path
+
+
+def compiler(folder: Path, *body: str) -> Path:
+    """A program that says its version, notes each other call in `calls`, and then does what body says."""
+    path = folder / "compiler"
+    lines = ("#!/bin/sh", '[ "$1" = --version ] && echo fake 1.0 && exit', f"echo call >> {folder}/calls", *body)
+    path.write_text("\n".join(lines) + "\n")
+    path.chmod(0o755)
+    return path
+
+
+def num_calls(folder: Path) -> int:
+    return len((folder / "calls").read_text().splitlines())
+
+
+def in_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [("PATH", "", r"no C\+\+ compiler.*apt install g\+\+"), ("CXX", "nonexistent", "'nonexistent'")],
+)
+def test_without_a_compiler(fresh, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv(variable, value)
+    choice = choose_impl("auto", "cpu")
+    assert choice.name == "blocked"
+    with pytest.raises(UnavailableError, match=message):
+        choose_impl("native", "cpu")
+    assert choice.reason.removeprefix("auto: ") in failure_of(3, *TINY_BENCH, "--impl", "native")
+    assert record_of(*TINY_BENCH, "--num-iters", 1)["device"]["impl"] == "blocked"
+    record = record_of("env")
+    assert record["native"] == {"available": False, "built": False, "reason": choice.reason.removeprefix("auto: ")}
+    assert "--build-kernels" in failure_of(3, "env", "--build-kernels")
+
+
+def test_a_failed_build_is_remembered(fresh, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("CXX", str(compiler(fresh, "echo no such header >&2", "exit 1")))
+    assert build.native_state(build=False).available  # nothing is known against it yet
+    for _ in range(2):
+        monkeypatch.setattr(build, "_state", None)
+        state = build.native_state()
+        assert not state.available
+        assert "hstu env --build-kernels tries again" in state.reason
+    assert num_calls(fresh) == 1
+    assert not build.native_state(build=False).available
+    [log] = (fresh / "kernels").rglob(build.FAILURE)
+    assert "no such header" in log.read_text()
+    assert capsys.readouterr().err.count("Building the native") == 1
+    build.native_state(retry=True)
+    assert num_calls(fresh) == 2
+
+
+def test_a_killed_build_is_not_remembered(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(compiler(fresh, "kill -KILL $$")))
+    for _ in range(2):
+        monkeypatch.setattr(build, "_state", None)
+        assert "killed by signal 9" in build.native_state().reason
+    assert num_calls(fresh) == 2
+
+
+def test_a_cache_that_cannot_be_written(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fresh / "file").touch()
+    monkeypatch.setenv("CXX", str(compiler(fresh)))
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(fresh / "file"))
+    assert build.CACHE_VARIABLE in build.native_state().reason
+
+
+def test_what_a_build_depends_on_names_its_folder(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(compiler(fresh)))
+    folders = {build._recipe().folder}
+    with monkeypatch.context() as patch:
+        patch.setenv(build.FLAGS_VARIABLE, "-g")
+        folders.add(build._recipe().folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_cpu_features", lambda: "another CPU")
+        folders.add(build._recipe().folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.99")
+        folders.add(build._recipe().folder)
+    assert len(folders) == 4
+
+
+@pytest.mark.native
+def test_two_processes_build_once(tmp_path: Path) -> None:
+    """The compiler here takes a second to hand out the library that is built already."""
+    library = build._recipe().library
+    fake = compiler(tmp_path, "sleep 1", f'for last; do [ "$out" = 1 ] && cp {library} "$last"; out=0',
+                    '  [ "$last" = -o ] && out=1; done', "true")  # fmt: skip
+    code = (
+        "import json, torch\n"
+        "from hstu_cli.kernels.attention.cases import *\n"
+        "from hstu_cli.kernels.dispatch import choose_impl\n"
+        "from test_attention import run\n"
+        "run(make_inputs(ATTENTION_CASES[5], torch.float32), 'native')\n"
+        "print(json.dumps(choose_impl('auto', 'cpu').name))\n"
+    )
+    environment = {
+        **os.environ, "CXX": str(fake), build.CACHE_VARIABLE: str(tmp_path / "kernels"),
+        "PYTHONPATH": os.pathsep.join((os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent))),
+    }  # fmt: skip
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        for _ in range(2)
+    ]
+    results = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, 0], results
+    assert all(json.loads(out) == "native" for out, _ in results)
+    assert num_calls(tmp_path) == 2  # one object file, one library
+    assert sum(b"Built in" in err for _, err in results) == 1
+    left = {path.name for path in (tmp_path / "kernels").rglob("*") if path.is_file()}
+    assert left == {"lock", build.LIBRARY}
