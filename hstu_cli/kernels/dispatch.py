@@ -35,7 +35,7 @@ def choose_impl(requested: str, device_type: str, *, build: bool = True, gradien
     if requested not in IMPLEMENTATIONS:
         raise UsageError(f"There is no implementation {requested!r}; choose from {AUTO}, {', '.join(IMPLEMENTATIONS)}.")
     if requested == "native":
-        _require_native(device_type)
+        _require_native(device_type, gradients)
     return ImplChoice(requested, "as requested")
 
 
@@ -53,7 +53,9 @@ def choose_impl_for(requested: str, *tensors: torch.Tensor) -> str:
     return "blocked" if requested == AUTO else choose_impl(requested, device_type).name
 
 
-def _fastest(device_type: str, build: bool) -> ImplChoice:
+def _fastest(device_type: str, build: bool, gradients: bool) -> ImplChoice:
+    if gradients:
+        return ImplChoice("blocked", "auto: the fastest one with gradients")
     if device_type != "cpu":
         return ImplChoice("blocked", f"auto: the fastest implementation for {device_type}")
     state = native_state(build=build)
@@ -62,7 +64,9 @@ def _fastest(device_type: str, build: bool) -> ImplChoice:
     return ImplChoice("native", f"auto: the fastest implementation for cpu, {state.reason}")
 
 
-def _require_native(device_type: str) -> None:
+def _require_native(device_type: str, gradients: bool) -> None:
+    if gradients:
+        raise UsageError("Implementation 'native' computes no gradients; choose auto, reference or blocked.")
     if device_type != "cpu":
         raise UsageError(f"Implementation 'native' runs on a CPU, not on {device_type}; choose auto or blocked.")
     state = native_state()
