@@ -26,12 +26,8 @@ def choose_impl(requested: str, device_type: str, *, build: bool = True, gradien
     build: build the native operators now if they are chosen and not built yet. gradients: it must have them.
     Raises UsageError naming the choices, UnavailableError where native cannot be built.
     """
-    if gradients and requested == "native":
-        raise UsageError("Implementation 'native' computes no gradients; choose auto, reference or blocked.")
     if requested == AUTO:
-        return (
-            ImplChoice("blocked", "auto: the fastest one with gradients") if gradients else _fastest(device_type, build)
-        )
+        return _fastest(device_type, build, gradients)
     if requested not in IMPLEMENTATIONS:
         raise UsageError(f"There is no implementation {requested!r}; choose from {AUTO}, {', '.join(IMPLEMENTATIONS)}.")
     if requested == "native":

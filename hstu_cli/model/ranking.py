@@ -129,7 +129,7 @@ class RankingModel(nn.Module):
             # A sum is NaN where any of its terms is, and takes one pass.
             ranks.append(torch.where(lead.sum(1).isnan(), 0, 1 + better.sum(1, dtype=torch.int32)))
         known = table.is_known(target_ids)
-        return torch.where(known, torch.cat(ranks), 0) if ranks else torch.zeros_like(target_ids)
+        return torch.where(known, torch.cat(ranks).long(), 0) if ranks else torch.zeros_like(target_ids)
 
     @torch.no_grad()
     def next_item_top_k(self, rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
