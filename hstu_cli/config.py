@@ -104,6 +104,11 @@ class ModelConfig:
         return self.num_heads * self.head_dim
 
     @property
+    def kv_elements_per_token(self) -> int:
+        """Elements of a token's keys and values, all layers together."""
+        return self.num_layers * 2 * self.attention_dim
+
+    @property
     def alpha(self) -> float:
         """Scale of the attention scores, 1 / sqrt(head_dim)."""
         return self.head_dim**-0.5

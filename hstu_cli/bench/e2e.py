@@ -93,7 +93,7 @@ class GrowingUsers:
         self, config: ModelConfig, itemsize: int, page_size: int, *, dense: bool, num_caches: int = 1
     ) -> int:
         """About what the run needs at a time: weights twice (one copy is exact), pages, intermediates."""
-        pages = num_caches * self.pages(config, page_size) * page_size * config.num_layers * 2 * config.attention_dim
+        pages = num_caches * self.pages(config, page_size) * page_size * config.kv_elements_per_token
         tables = (NUM_ITEMS + config.position_buckets) * config.hidden_dim
         largest = self.shapes(config, cached=False)[-1]
         return (

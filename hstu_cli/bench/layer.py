@@ -82,17 +82,17 @@ class LayerGroup:
 
     def onload_bytes(self, config: ModelConfig, num_cached: int, itemsize: int) -> int:
         """Bytes that come from host memory where the cached tokens are there."""
-        return self.batch_size * num_cached * config.num_layers * 2 * config.attention_dim * itemsize
+        return self.batch_size * num_cached * config.kv_elements_per_token * itemsize
 
     def memory_bytes(self, config: ModelConfig, itemsize: int, page_size: int, *, dense: bool, from_host: bool) -> int:
         """About what the group needs at a time: weights, inputs and outputs, pages, intermediates."""
         tokens = self.batch_size * (self.history + self.candidates)
-        pages = self.batch_size * -(-self.history // page_size) * page_size * config.num_layers * 2
+        pages = self.batch_size * -(-self.history // page_size)
         exact_weights = block_parameters(config) * max(4, 2 * itemsize)
         return (
             itemsize * (block_parameters(config) + 4 * tokens * config.hidden_dim)
             + exact_weights
-            + itemsize * pages * config.attention_dim * (2 if from_host else 1)
+            + itemsize * pages * page_size * config.kv_elements_per_token * (2 if from_host else 1)
             + 2 * activation_bytes(config, self.shapes(0), itemsize, dense=dense)
         )
 

@@ -51,7 +51,7 @@ class CacheCounters:
 
 def kv_bytes_per_token(model: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values of one token: 2 * layers * heads * head_dim * bytes per element."""
-    return 2 * model.num_layers * model.attention_dim * dtype.itemsize
+    return model.kv_elements_per_token * dtype.itemsize
 
 
 class KVCacheManager:

@@ -59,7 +59,7 @@ def block_bytes(config: ModelConfig, sequences: Iterable[SequenceShape], itemsiz
     sequences = list(sequences)
     new, cached = sum(s.num_new for s in sequences), sum(s.num_cached for s in sequences)
     written = sum(s.num_history - s.num_cached for s in sequences) if stored else 0
-    keys_and_values = config.num_layers * 2 * config.attention_dim * (cached + written)
+    keys_and_values = config.kv_elements_per_token * (cached + written)
     return itemsize * (block_parameters(config) + 2 * new * config.hidden_dim + keys_and_values)
 
 
