@@ -196,7 +196,7 @@ def main(
     until: str = "2022-04-25",
     seeds: str = "0,1,2,3,4",
     study: Annotated[bool, typer.Option("--study", help="One change at a time, on a validation split.")] = False,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
     processes: Annotated[int, typer.Option(help="Rows to make at a time, each with its share of the cores.")] = 1,
     save: Annotated[Path | None, typer.Option(help="Keep each seed's checkpoint in this folder.")] = None,
 ) -> None:

@@ -1,7 +1,8 @@
 """The training loop: one optimiser step after another, each decided by the seed and its number alone."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,10 +110,11 @@ class Trainer:
         if not self.mid_epoch:
             self.sums = LossSums()
         order = np.random.default_rng([self.options.seed, epoch]).permutation(len(self.passes))
-        while self.epoch == epoch:
-            start = self.step % self.steps_per_epoch * self.options.batch_size
-            self._step(order[start : start + self.options.batch_size])
-            on_step()
+        with matmul_precision(self.dtype):
+            while self.epoch == epoch:
+                start = self.step % self.steps_per_epoch * self.options.batch_size
+                self._step(order[start : start + self.options.batch_size])
+                on_step()
 
     def learning_rate(self) -> float:
         """Of the next step: a linear rise, then half a cosine down to 0."""
@@ -196,6 +198,17 @@ class Trainer:
             f"The loss diverged: {loss:.4g} at step {self.step + 1:,} (epoch {self.epoch + 1}), "
             f"{self.first_loss:.4g} at the first. Try a lower --lr."
         )
+
+
+@contextmanager
+def matmul_precision(dtype: torch.dtype) -> Iterator[None]:
+    """Products of float32 matrices in bf16 where the activations are, with float32 sums: the losses' products are such."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _parameter_groups(model: RankingModel, actions: ActionBits, options: TrainingOptions) -> list[dict[str, Any]]:
