@@ -202,7 +202,7 @@ class Trainer:
 
 @contextmanager
 def matmul_precision(dtype: torch.dtype) -> Iterator[None]:
-    """Products of float32 matrices in bf16 where the activations are, with float32 sums: the losses' products are such."""
+    """Multiply float32 matrices, such as those of the losses, in bf16 where the activations are; sums stay float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
     try:
