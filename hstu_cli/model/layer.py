@@ -7,13 +7,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from hstu_cli.config import ModelConfig
-from hstu_cli.kernels import hstu_attention
+from hstu_cli.kernels import hstu_attention, linear_residual, linear_silu
 
 # Shapes: T tokens (jagged over the batch), D hidden_dim, H heads, d head_dim.
 
 
 class Attention(Protocol):
-    """What a layer asks of a batch: the attention output of its new tokens."""
+    """What a layer asks of a batch: the attention output of its new tokens.
+
+    impl: the implementation of the batch's operators, those of the layer included.
+    """
+
+    impl: str
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """O [T, H, d] for q, k and v [T, H, d] of layer number `layer`."""
@@ -62,11 +67,12 @@ class HSTULayer(nn.Module):
 
     def forward(self, x: torch.Tensor, attention: Attention, layer: int) -> torch.Tensor:
         """X [T, D] to x' [T, D]."""
-        uvqk = F.silu(self.uvqk(self.input_norm(x)))  # [T, 4 * H * d]
+        impl = attention.impl
+        uvqk = linear_silu(self.input_norm(x), self.uvqk.weight, self.uvqk.bias, impl=impl)  # [T, 4 * H * d]
         u, v, q, k = uvqk.view(-1, 4, self.num_heads, self.head_dim).unbind(1)  # [T, H, d] each
         o = attention(layer, q, k, v)  # [T, H, d]
         gated = self.output_norm(o.flatten(1)) * u.flatten(1)  # [T, H * d]
-        return x + self.output(F.dropout(gated, self.dropout, self.training))
+        return linear_residual(F.dropout(gated, self.dropout, self.training), self.output.weight, x, impl=impl)
 
 
 class HSTUBlock(nn.ModuleList):

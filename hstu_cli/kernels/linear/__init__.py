@@ -1,0 +1,41 @@
+"""The two linear layers of an HSTU layer, each with what follows it: SiLU, and the residual sum."""
+
+import torch
+
+from hstu_cli.kernels.dispatch import choose_impl_for
+
+
+def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+    """`SiLU(x W' + b)`: x [rows, in], weight [out, in], bias [out], result [rows, out]; one floating dtype and device.
+
+    impl: `auto` or a name from `hstu_cli.kernels.dispatch.IMPLEMENTATIONS`; native keeps weights packed
+      while they are as they are, and rounds to a narrow dtype once instead of twice.
+    Raises ValueError for inputs that do not fit together.
+    """
+    _check(x, weight, "bias", bias, weight.shape[:1])
+    match choose_impl_for(impl, x, weight, bias):
+        case "native":
+            from hstu_cli.kernels.linear.native import linear_silu
+        case _:
+            from hstu_cli.kernels.linear.reference import linear_silu
+    return linear_silu(x, weight, bias)
+
+
+def linear_residual(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, *, impl: str = "auto"
+) -> torch.Tensor:
+    """`residual + x W'`: x [rows, in], weight [out, in], residual and result [rows, out]; else as `linear_silu`."""
+    _check(x, weight, "residual", residual, (*x.shape[:1], *weight.shape[:1]))
+    match choose_impl_for(impl, x, weight, residual):
+        case "native":
+            from hstu_cli.kernels.linear.native import linear_residual
+        case _:
+            from hstu_cli.kernels.linear.reference import linear_residual
+    return linear_residual(x, weight, residual)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, name: str, added: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x must be [rows, in] and weight [out, in], not {list(x.shape)} and {list(weight.shape)}")
+    if added.shape != torch.Size(shape):
+        raise ValueError(f"{name} must be {list(shape)}, not {list(added.shape)}")
