@@ -80,7 +80,7 @@ def trained_and_scored(
     backend = Backend()
     periods = open_periods(dataset, config, until_ms=until_ms, from_ms=None)
     test = ExampleSource(dataset, config, from_ms=until_ms, until_ms=scored_until_ms)
-    model = new_model(dataset, config, periods.training, options.seed)
+    model = new_model(dataset, config, periods.training, backend, options.seed)
     trainer = Trainer(model, periods.training, periods.tasks, options, backend, dtype=dtype, impl="blocked")
     started = time.perf_counter()
     losses = []
@@ -239,9 +239,14 @@ def add_row(record: dict[str, Any], row: dict[str, Any], out: Path) -> None:
     record["rows"].append(row)
     tables = [key_value_table(f"{row.get('variant', row.get('seed'))}", {k: row[k] for k in (*TARGETS, "training_s")})]
     if not record["study"]:
-        record["summary"] = {name: _spread([row[name] for row in record["rows"]]) for name in TARGETS}
+        record["summary"] = {
+            name: _spread([row[name] for row in record["rows"]]) for name in (*TARGETS, "training_s", "scoring_s")
+        }
+        record["reached"] = {name: record["summary"][name]["mean"] >= target for name, target in TARGETS.items()}
         tables.append(key_value_table("mean so far", {k: v["mean"] for k, v in record["summary"].items()}))
-    out.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+    partial.replace(out)
     for table in tables:
         Console().print(table)
 

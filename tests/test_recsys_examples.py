@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +199,8 @@ def damaged(name: str, folder: Path) -> None:
             content = {"weights": state}
         case "not tensors":
             state["_mlp._mlp.0.bias"] = [1.0]
+        case "not named":
+            state[7] = torch.zeros(1)
     for rank in (0, 1):
         torch.save(content, dense / f"model.{rank}.pth")
     if name == "ranks disagree":
@@ -204,6 +208,35 @@ def damaged(name: str, folder: Path) -> None:
         torch.save(content, dense / "model.1.pth")
     if name == "code":
         (dense / "model.0.pth").write_bytes(pickle.dumps(pytest.fail))
+
+
+def test_a_full_scratch_disk_is_one_message(model: RankingModel, tmp_path: Path) -> None:
+    (tmp_path / "open.json").write_text(json.dumps(OPEN))
+    arguments = [
+        "convert",
+        folder_of(model, tmp_path, world_size=2),
+        tmp_path / "out",
+        "--config",
+        tmp_path / "open.json",
+    ]
+    code = (
+        "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\nfrom hstu_cli.cli import app; app()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 4, done.stderr
+    assert "Set TMPDIR" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_does_not_write_over_anything(model: RankingModel, tmp_path: Path) -> None:
+    (tmp_path / "open.json").write_text(json.dumps(OPEN))
+    folder = folder_of(model, tmp_path)
+    assert "not an empty folder" in failure_of(4, "convert", folder, folder, "--config", tmp_path / "open.json")
+    (tmp_path / "file").write_text("kept")
+    assert "not an empty folder" in failure_of(4, "convert", folder, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 @pytest.mark.parametrize(
@@ -229,6 +262,7 @@ def damaged(name: str, folder: Path) -> None:
         "sizes": "numbers, but",
         "no state": "holds no model_state_dict",
         "not tensors": "must hold a dictionary of tensors",
+        "not named": "must hold a dictionary of tensors by name",
         "code": "holds code, which is never run",
     }.items(),
 )

@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -116,34 +115,62 @@ def test_two_runs_end_with_the_same_weights(root: Path, trained: tuple[Path, dic
     assert not _same_weights(tmp_path / "other", trained[0])
 
 
+KILL = """
+import os, signal, torch
+torch.set_num_threads(1)
+from hstu_cli.model import checkpoint
+from hstu_cli.training import run
+from hstu_cli.training.folder import RunFolder
+from hstu_cli.training.trainer import Trainer
+run.SAVE_INTERVAL_S, run.MOST_WRITING = 0.0, 1e9  # the state is saved after every step
+calls = 0
+def killing(function, when):
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if when == "before" and calls == {call}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*arguments, **options)
+        if when == "after" and calls == {call}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+{owner}.{name} = killing({owner}.{name}, "{when}")
+from hstu_cli.cli import app
+app()
+"""
+KILLS = (
+    ("Trainer", "_step", "before", 3),  # within the first epoch
+    ("checkpoint", "save_file", "after", 1),  # the first checkpoint is half written
+    ("RunFolder", "write_best", "after", 1),
+    ("RunFolder", "write_log", "after", 1),  # the first epoch is in the log, not yet in the state
+    ("Trainer", "_step", "after", 2),  # within the second
+    ("torch", "save", "after", 3),  # a state is written, and not yet in its place
+    ("RunFolder", "write_log", "before", 1),
+)
+"""Where runs are killed, one after another: owner, function, before or after it, at which call."""
+
+
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     root: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
-    code = (
-        "import torch; torch.set_num_threads(1)\n"
-        "from hstu_cli.training import run; run.SAVE_INTERVAL_S = 0.0; run.MOST_WRITING = 1e9\n"
-        "from hstu_cli.cli import app; app()"
-    )
-    arguments = [str(argument) for argument in command(root, out)]
-    killed_at = []
-    for delay in (0.0, 0.1, 0.2, 0.0):  # after the state of a step was seen: within epochs, and between them
-        before = _step_of(out)
-        process = subprocess.Popen([sys.executable, "-c", code, *arguments, "--resume"], stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        while _step_of(out) == before and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        _, stderr = process.communicate()
-        assert process.returncode in (-signal.SIGKILL, 0), stderr.decode()
-        killed_at.append(_step_of(out))
-    assert killed_at[0] > 0
+    arguments = [str(argument) for argument in command(root, out, "--resume")]
+    steps = []
+    for owner, name, when, call in KILLS:
+        code = KILL.format(owner=owner, name=name, when=when, call=call)
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        steps.append(_step_of(out))
+    assert steps == sorted(steps)
+    epoch = trained[1]["epochs"][0]["step"]
+    assert 0 < steps[0] < epoch  # the state of a step within the first epoch
+    assert epoch < steps[-2] < 2 * epoch
     record = record_of(*command(root, out, "--resume"))
-    assert record["resumed_at_step"] == killed_at[-1]
+    assert record["resumed_at_step"] == steps[-1]
     assert _without_time(record["epochs"]) == _without_time(trained[1]["epochs"])
     assert _same_weights(out, trained[0])
-    assert not list(out.rglob("*.partial"))
+    assert sorted(path.name for path in out.rglob("*")) == sorted(path.name for path in trained[0].rglob("*"))
 
 
 def test_resume_of_a_finished_run_does_nothing(root: Path, trained: tuple[Path, dict[str, Any]]) -> None:
@@ -226,3 +253,14 @@ def _step_of(out: Path) -> int:
     """Steps of the saved state, 0 before there is one."""
     path = out / "training" / "state.pt"
     return torch.load(path, weights_only=True)["trainer"]["step"] if path.exists() else 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_training_on_a_gpu(root: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path, dtype: str) -> None:
+    out = tmp_path / "gpu"
+    record = record_of(*command(root, out, "--device", "cuda", "--dtype", dtype))
+    ours, theirs = record["epochs"][-1], trained[1]["epochs"][-1]
+    assert ours["next_item_loss"] == pytest.approx(theirs["next_item_loss"], rel=0.02)
+    again = record_of(*command(root, out, "--device", "cuda", "--dtype", dtype, "--resume"))
+    assert _without_time(again["epochs"]) == _without_time(record["epochs"])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from support.cli import failure_of, invoke, record_of
 from test_train import SMALL
 
+from hstu_cli.commands.options import parse_date
 from hstu_cli.data.synthetic import SyntheticOptions, prepare_synthetic
 from hstu_cli.model import load_checkpoint
 
@@ -75,8 +77,15 @@ def test_periods_without_events_exit_4(root: Path, tmp_path: Path, arguments: li
     assert not (tmp_path / "m").exists()
 
 
-def changed(root: Path, target: Path, *, labels: int | None = None, users: int | None = None) -> Path:
-    """A copy of the prepared data with one label for all events, or with the first users alone."""
+def changed(
+    root: Path,
+    target: Path,
+    *,
+    labels: int | None = None,
+    users: int | None = None,
+    labels_from: tuple[str, int] | None = None,
+) -> Path:
+    """A copy of the prepared data with one label for all events or those from a date on, or with the first users."""
     folder = target / "synthetic"
     folder.mkdir(parents=True)
     for file in (root / "synthetic").iterdir():
@@ -88,6 +97,15 @@ def changed(root: Path, target: Path, *, labels: int | None = None, users: int |
         column = sequences.schema.get_field_index("action_weights")
         sequences = sequences.set_column(
             column, sequences.schema.field(column), pa.ListArray.from_arrays(lists.offsets, same)
+        )
+    if labels_from is not None:
+        date, label = labels_from
+        lists, times = (sequences[name].combine_chunks() for name in ("action_weights", "time_ms"))
+        late = times.values.to_numpy() >= parse_date("--from", date)
+        some = pa.array(np.where(late, label, lists.values.to_numpy()), pa.int16())
+        column = sequences.schema.get_field_index("action_weights")
+        sequences = sequences.set_column(
+            column, sequences.schema.field(column), pa.ListArray.from_arrays(lists.offsets, some)
         )
     if users is not None:
         sequences = sequences.slice(0, users)
@@ -144,10 +162,13 @@ def test_a_diverging_loss_keeps_the_last_good_checkpoint(
     assert all(torch.isfinite(tensor.float()).all() for tensor in kept.values())
 
 
-def test_a_run_that_diverges_at_once_says_that_there_is_no_checkpoint(root: Path, tmp_path: Path) -> None:
-    result = invoke(*command(root, tmp_path / "m", "--lr", 1e30, "--epochs", 5, "--batch-size", 1))
+@pytest.mark.parametrize("batch_size", [1, 1000], ids=["many steps", "a step an epoch"])
+def test_a_run_that_diverges_at_once_leaves_no_checkpoint(root: Path, tmp_path: Path, batch_size: int) -> None:
+    result = invoke(*command(root, tmp_path / "m", "--lr", 1e30, "--epochs", 2, "--batch-size", batch_size))
     assert result.exit_code == 1
-    assert "No checkpoint yet" in " ".join(result.stderr.split())
+    message = " ".join(result.stderr.split())
+    assert "The loss diverged" in message
+    assert "There is no checkpoint yet" in message
     assert not (tmp_path / "m" / "config.json").exists()
 
 
@@ -157,26 +178,75 @@ def test_a_folder_with_a_run_is_not_written_over(root: Path, tmp_path: Path) -> 
     weights = (out / "model.safetensors").read_bytes()
     assert "--resume" in failure_of(2, *command(root, out))
     assert "lr 0.002, not 0.1" in failure_of(2, *command(root, out, "--resume", "--lr", 0.1))
+    assert "impl blocked, not reference" in failure_of(2, *command(root, out, "--resume", "--impl", "reference"))
+    assert "from 2022-" in failure_of(2, *command(root, out, "--resume", "--from", "2022-05-07"))
     assert (out / "model.safetensors").read_bytes() == weights
 
 
-def test_a_folder_with_another_checkpoint_is_not_written_over(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["anew", "resume"])
+@pytest.mark.parametrize("left", ["config.json", "notes.txt"])
+def test_a_folder_with_something_else_is_not_written_over(
+    root: Path, tmp_path: Path, left: str, resume: list[str]
+) -> None:
+    out = tmp_path / "m"
+    out.mkdir()
+    (out / left).write_text("kept")
+    assert "holds something else" in failure_of(4, *command(root, out, *resume))
+    assert [path.name for path in out.iterdir()] == [left]
+
+
+def test_a_checkpoint_whose_state_is_gone_is_not_written_over(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "m"
     record_of(*command(root, out))
     (out / "training" / "state.pt").unlink()
-    assert "holds a checkpoint already" in failure_of(2, *command(root, out))
+    assert "no state to go on from" in failure_of(4, *command(root, out, "--resume"))
+
+
+def test_a_validation_period_without_both_classes_exits_4(root: Path, tmp_path: Path) -> None:
+    half = changed(root, tmp_path / "half", labels_from=("2022-05-01", 0))
+    arguments = command(root, tmp_path / "m", "--from", "2022-05-01")
+    arguments[2] = half
+    assert "no AUC can choose" in failure_of(4, *arguments)
+
+
+def test_users_without_anything_before_their_item_have_no_hit_rate(root: Path, tmp_path: Path) -> None:
+    """No context and no history: nothing predicts the item, and the run goes on without a hit rate."""
+    prepare_synthetic(tmp_path, SyntheticOptions(num_users=400, num_events=1, num_items=5))
+    (tmp_path / "small.json").write_text(json.dumps({**SMALL, "contextual_features": []}))
+    result = invoke(*command(tmp_path, tmp_path / "m", "--from", "2022-05-04"))
+    assert result.exit_code == 0, result.stderr
+    assert "hit rate 50" in result.stdout
+
+
+def test_memory_that_does_not_suffice_is_one_message(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "wide.json").write_text(json.dumps({**SMALL, "num_heads": 32, "head_dim": 2048, "hidden_dim": 512}))
+    arguments = [str(argument) for argument in command(root, tmp_path / "m", "--config", tmp_path / "wide.json")]
+    code = (
+        "import resource, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from hstu_cli.cli import app\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
+        "app()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Out of memory" in done.stderr
 
 
 def test_a_damaged_state_exits_4(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "m"
     record_of(*command(root, out))
     state = out / "training" / "state.pt"
+    settings = torch.load(state, weights_only=True)["settings"]
     state.write_bytes(state.read_bytes()[:1000])
     assert "state.pt" in failure_of(4, *command(root, out, "--resume"))
     state.write_bytes(b"")
     assert "state.pt" in failure_of(4, *command(root, out, "--resume"))
     torch.save({"version": 99}, state)
     assert "no state of a training run" in failure_of(4, *command(root, out, "--resume"))
+    torch.save({"version": 1, "settings": settings, "trainer": {}}, state)
+    assert "does not fit this run" in failure_of(4, *command(root, out, "--resume"))
 
 
 def test_two_runs_do_not_share_a_folder(root: Path, tmp_path: Path) -> None:

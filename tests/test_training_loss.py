@@ -48,7 +48,7 @@ def test_ranking_loss_is_the_sum_over_its_tasks_alone() -> None:
 def test_next_item_loss_is_cross_entropy_over_the_vocabulary(
     model: RankingModel, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(loss, "CHUNK_SCORES", chunk)
+    monkeypatch.setitem(loss.CHUNK_SCORES, True, chunk)
     rows, targets = rows_and_targets(model, 23)
     weight = model.embeddings["video_id"].weight
     found = next_item_loss(model, rows, targets, NextItemChoice.draw(model, None, torch.Generator()))
@@ -79,11 +79,11 @@ def test_a_sample_estimates_the_partition_function_without_bias(model: RankingMo
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["all items", "a sample"])
 def test_the_partition_function_passes_gradcheck(monkeypatch: pytest.MonkeyPatch, sampled: bool) -> None:
-    monkeypatch.setattr(loss, "CHUNK_SCORES", 3 * 11)
+    monkeypatch.setitem(loss.CHUNK_SCORES, True, 3 * 11)
     shapes = ((8, 4), (11, 4), (8,))
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    repeats = torch.rand(8, 11) < 0.2 if sampled else None
-    assert torch.autograd.gradcheck(lambda *x: 2 * loss._LogPartition.apply(*x, repeats, 0.3 * sampled), inputs)
+    sample = (torch.randint(5, (8,)), torch.randint(5, (11,)), 0.3) if sampled else (None, None, 0.0)
+    assert torch.autograd.gradcheck(lambda *x: 2 * loss._LogPartition.apply(*x, *sample), inputs)
 
 
 def test_a_sample_as_large_as_the_vocabulary_is_the_vocabulary(model: RankingModel) -> None:

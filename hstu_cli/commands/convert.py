@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hstu_cli.commands import options
+from hstu_cli.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,7 +17,7 @@ EXAMPLE = "Example: hstu convert exported/ model/ --config kuairand.json"
 
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint: recsys-examples, state dict, native.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write, new or empty.")],
     config: Annotated[
         str | None,
         typer.Option(metavar="NAME|FILE", help="A preset, or a config.json with what the tensors do not tell."),
@@ -40,6 +41,8 @@ def convert(
         metadata=parse_metadata(metadata or []),
     )
     reporter.record |= {"env": environment(), "device": None}
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists already and is not an empty folder. Name a new one.")
     loaded = open_checkpoint(source, config)
     with reporter.running(_tables) as record:
         model = loaded.model

@@ -32,9 +32,9 @@ def train(
         str | None,
         typer.Option("--from", metavar="DATE", help="Validate on requests from this on, UTC+8. [default: --until]"),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training period.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="Times through the training period.")] = 8,
     lr: Annotated[float, typer.Option(help="Highest learning rate, after a warm-up and before a cosine.")] = 2e-3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Users of a step.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Passes of a step: users, or windows of long ones.")] = 128,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW, on the matrices of layers and head.")] = 0.01,
     dropout: Annotated[float, typer.Option(help="Of token embeddings and gated attention outputs.")] = 0.1,
     id_dropout: Annotated[float, typer.Option(help="Share of user and video ids replaced by the unknown one.")] = 0.02,
@@ -67,11 +67,14 @@ def train(
         ("--id-dropout", id_dropout, 1.0),
     ):
         if not 0 <= value < most or (name == "--lr" and value == 0):
-            raise UsageError(f"{name} {value} is out of range: it takes {'0 to below 1' if most == 1 else 'a number'}.")
+            allowed = "from 0 to below 1" if most == 1 else "above 0" if name == "--lr" else "of 0 or more"
+            raise UsageError(f"{name} takes a number {allowed}, not {value}.")
     import torch
 
     from hstu_cli.commands.opening import open_dataset, open_run
     from hstu_cli.config import DEFAULT_PRESET, MODEL_PRESETS, TASKS, resolve_model_config
+    from hstu_cli.data.dataset import format_time
+    from hstu_cli.report import format_value
     from hstu_cli.training.folder import RunFolder
     from hstu_cli.training.options import TrainingOptions
     from hstu_cli.training.periods import open_periods
@@ -112,15 +115,17 @@ def train(
     )
     settings = {
         **{name.replace("_", "-"): value for name, value in asdict(chosen).items()},
-        "model": model_config.to_dict(),
-        "data": {"path": str(prepared.path.resolve()), "prepared_at": prepared.metadata.get("prepared_at")},
-        "until_ms": periods.until_ms,
-        "from_ms": periods.from_ms,
-        "dtype": str(opened.dtype),
+        **{f"model.{name}": value for name, value in model_config.to_dict().items()},
+        "data": str(prepared.path.resolve()),
+        "data prepared at": prepared.metadata.get("prepared_at"),
+        "until": format_time(periods.until_ms),
+        "from": format_time(periods.from_ms),
+        "dtype": reporter.record["device"]["dtype"],
+        "impl": opened.impl.name,
     }
     with RunFolder(out) as folder:
         state = folder.read_state(settings, resume=resume)
-        model = new_model(prepared, model_config, periods.training, seed).to(backend.device)
+        model = new_model(prepared, model_config, periods.training, backend, seed)
         trainer = Trainer(
             model, periods.training, periods.tasks, chosen, backend, dtype=opened.dtype, impl=opened.impl.name
         )
@@ -155,11 +160,9 @@ def train(
                 progress.count(done, total, "rows")
 
             def on_epoch(epoch: Mapping[str, Any]) -> None:
-                reporter.note(
-                    f"epoch {epoch['epoch']}: ranking loss {epoch['ranking_loss']:.4f}, next-item loss "
-                    f"{epoch['next_item_loss']:.4f}, mean AUC {epoch['mean_auc']:.4f}, hit rate@50 "
-                    f"{epoch['hit_rate_50']:.4f}, {epoch['elapsed_s']:,.0f} s"
-                )
+                names = ("ranking_loss", "next_item_loss", "mean_auc", "hit_rate_50")
+                text = ", ".join(f"{name.replace('_', ' ')} {format_value(epoch[name])}" for name in names)
+                reporter.note(f"epoch {epoch['epoch']}: {text}, {epoch['elapsed_s']:,.0f} s")
 
             try:
                 run.run(Watcher(on_step, on_validation, on_epoch))

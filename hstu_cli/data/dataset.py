@@ -83,7 +83,7 @@ class PreparedDataset:
     @property
     def time_span(self) -> str:
         """The first and the last event, as people write them: "from … to …", in UTC+8."""
-        return f"from {_date(self.metadata['first_time_ms'])} to {_date(self.metadata['last_time_ms'])}"
+        return f"from {format_time(self.metadata['first_time_ms'])} to {format_time(self.metadata['last_time_ms'])}"
 
     def requests(
         self, *, from_ms: int | None = None, until_ms: int | None = None, limit: int | None = None
@@ -157,6 +157,6 @@ def last_prepared(root: Path) -> str | None:
     return max(prepared_datasets(root), key=prepared_at, default=None)
 
 
-def _date(time_ms: int) -> str:
+def format_time(time_ms: int) -> str:
     """A time in UTC+8, KuaiRand's own."""
     return datetime.fromtimestamp(time_ms / 1000, KUAIRAND_TIMEZONE).strftime("%Y-%m-%d %H:%M UTC+8")

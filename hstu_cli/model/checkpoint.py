@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ def save_checkpoint(model: RankingModel, path: str | os.PathLike[str]) -> None:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
             save_file(state, Path(scratch, WEIGHTS_FILE))
             Path(scratch, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            shutil.copymode(Path(scratch, CONFIG_FILE), Path(scratch, WEIGHTS_FILE))  # safetensors makes it private
             for name in (WEIGHTS_FILE, CONFIG_FILE):
                 Path(scratch, name).replace(folder / name)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk into an error of its own

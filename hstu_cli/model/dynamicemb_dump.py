@@ -4,6 +4,7 @@
 [keys, dim]. Nothing of DynamicEmb is needed to read or write them.
 """
 
+import os
 import re
 import tempfile
 from collections.abc import Sequence
@@ -119,6 +120,14 @@ def _mapped_values(ranks: Sequence[RankFiles], counts: Sequence[int], dim: int) 
         rank, count = filled[0]
         return torch.from_numpy(np.memmap(rank.values, "<f4", mode="c", shape=(count, dim)))
     with tempfile.TemporaryFile() as scratch:  # its name is gone at once, its bytes when the last map is
+        size = sum(counts) * dim * VALUE_BYTES
+        try:
+            os.posix_fallocate(scratch.fileno(), 0, size)  # a full disk is an error here, and a crash in a map
+        except OSError as error:
+            raise InputError(
+                f"The values of several ranks need {size:,} bytes of scratch space in {tempfile.gettempdir()}: "
+                f"{error.strerror}. Set TMPDIR to a folder with room."
+            ) from error
         whole = np.memmap(scratch, "<f4", mode="w+", shape=(sum(counts), dim))
         start = 0
         for rank, count in filled:

@@ -89,7 +89,8 @@ def _read_rank(path: Path) -> tuple[dict[str, torch.Tensor], int]:
     if not isinstance(content, dict) or not isinstance(content.get(STATE_KEY), dict):
         raise InputError(f"{path} holds no {STATE_KEY}.")
     whole = content[STATE_KEY]
-    state = checked_state({k: v for k, v in whole.items() if not _is_ignored(k)}, f"{path}, {STATE_KEY},")
+    needed = {name: value for name, value in whole.items() if not _is_ignored(str(name))}
+    state = checked_state(needed, f"{path}, {STATE_KEY},")
     return state, len(whole) - len(state) + len(content) - 1
 
 

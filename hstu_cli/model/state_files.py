@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def read_file(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that are then read or refused all the same
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} is not a plain dictionary of tensors: it is damaged, or it holds code, which is never run. "
@@ -52,8 +55,9 @@ def read_file(path: Path) -> Any:
 
 def checked_state(state: Any, source: str) -> dict[str, torch.Tensor]:
     """The value itself where it is a dictionary of plain tensors; else InputError naming `source`."""
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{source} must hold a dictionary of tensors (a state dict) and nothing else.")
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{source} must hold a dictionary of tensors by name (a state dict) and nothing else.")
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise InputError(f"{source}: {name} is {tensor.layout} on {tensor.device}, not a plain tensor.")

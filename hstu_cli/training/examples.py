@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hstu_cli.config import ModelConfig
-from hstu_cli.data.dataset import PreparedDataset
+from hstu_cli.data.dataset import EventStore, PreparedDataset
 from hstu_cli.errors import InputError
 from hstu_cli.model.tokens import VIDEO_TABLE, TokenBatch, UserRequest, build_token_batch
 
@@ -26,6 +26,11 @@ class UserPass:
     first: int
     scored_from: int
     end: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the events."""
+        return 2 * (self.end - self.first) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +53,18 @@ class ExampleSource:
     """The examples of a period: every event of its requests, with all of the user's earlier events as history."""
 
     def __init__(
-        self, dataset: PreparedDataset, config: ModelConfig, *, from_ms: int | None = None, until_ms: int | None = None
+        self,
+        dataset: PreparedDataset,
+        config: ModelConfig,
+        *,
+        from_ms: int | None = None,
+        until_ms: int | None = None,
+        events: EventStore | None = None,
     ) -> None:
-        """Events of requests with from_ms <= request time < until_ms; there may be none."""
+        """Events of requests with from_ms <= request time < until_ms; there may be none.
+
+        events: those of the period's users, and maybe of others, where they have been read already.
+        """
         self.config = config
         timeline = dataset.requests(from_ms=from_ms, until_ms=until_ms)
         self.user_ids, inverse = np.unique(timeline.user_id, return_inverse=True)
@@ -58,7 +72,8 @@ class ExampleSource:
         self._end = np.zeros(len(self.user_ids), np.int64)
         np.minimum.at(self._first, inverse, timeline.history_end)
         np.maximum.at(self._end, inverse, timeline.history_end + timeline.num_candidates)
-        self._events = dataset.events(self.user_ids) if len(self.user_ids) else None
+        self.events = dataset.events(self.user_ids) if events is None else events
+        self._offsets = self.events.offsets[np.searchsorted(self.events.user_ids, self.user_ids)]
         users = dataset.users(["user_id", *config.contextual_features])
         if not np.isin(self.user_ids, users[:, 0]).all():
             raise InputError(f"{dataset.path} has events of users that its table of users lacks; prepare it again.")
@@ -78,25 +93,22 @@ class ExampleSource:
         ]
 
     def batches_of_tokens(self, num_tokens: int) -> Iterator[list[UserPass]]:
-        """All passes, similar lengths together, in batches of about this many tokens."""
-        group: list[UserPass] = []
-        tokens = 0
-        for one in sorted(self.passes(), key=lambda one: one.end - one.first):
-            group.append(one)
-            tokens += 2 * (one.end - one.first)
-            if tokens >= num_tokens:
-                yield group
-                group, tokens = [], 0
-        if group:
-            yield group
+        """All passes, similar lengths together, in batches of at most this many tokens or of one pass."""
+        yield from parts_of_tokens(sorted(self.passes(), key=lambda one: one.num_tokens), num_tokens)
+
+    def count(self, passes: Sequence[UserPass]) -> tuple[int, int]:
+        """Examples of some passes, and those among them that a token before predicts."""
+        examples = sum(one.end - one.scored_from for one in passes)
+        first_tokens = sum(one.scored_from == one.first for one in passes) if not self.config.num_context_tokens else 0
+        return examples, examples - first_tokens
 
     def batch(self, passes: Sequence[UserPass]) -> ExampleBatch:
         """The tokens and examples of some passes."""
         requests, scored, videos, labels = [], [], [], []
         for one in passes:
-            offset = self._events.offsets[one.user]
-            video_ids = self._events.video_id[offset + one.first : offset + one.end]
-            actions = self._events.action_weights[offset + one.first : offset + one.end]
+            offset = self._offsets[one.user]
+            video_ids = self.events.video_id[offset + one.first : offset + one.end]
+            actions = self.events.action_weights[offset + one.first : offset + one.end]
             # Nothing comes after the last event, so its action is no token and it stands as a candidate.
             requests.append(
                 UserRequest(
@@ -131,9 +143,23 @@ class ExampleSource:
 
     def _gathered(self, column: str, starts: np.ndarray) -> np.ndarray:
         """A column of each user's events from `starts` to the period's end."""
-        values = getattr(self._events, column)
-        bounds = zip(self._events.offsets[:-1].tolist(), starts.tolist(), self._end.tolist(), strict=True)
+        values = getattr(self.events, column)
+        bounds = zip(self._offsets.tolist(), starts.tolist(), self._end.tolist(), strict=True)
         return np.concatenate([values[offset + start : offset + end] for offset, start, end in bounds])
+
+
+def parts_of_tokens(passes: Sequence[UserPass], num_tokens: int) -> Iterator[list[UserPass]]:
+    """The passes in order, in parts of at most this many tokens or of one pass."""
+    part: list[UserPass] = []
+    tokens = 0
+    for one in passes:
+        if part and tokens + one.num_tokens > num_tokens:
+            yield part
+            part, tokens = [], 0
+        part.append(one)
+        tokens += one.num_tokens
+    if part:
+        yield part
 
 
 def pass_bounds(config: ModelConfig, start: int, end: int) -> Iterator[tuple[int, int, int]]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        """InputError where the folder cannot be made, RunError while another run uses it."""
+        """InputError where the folder cannot be made or holds something else, RunError while another run uses it."""
         self.path = path
         self._own = path / "training"
         self.state_file = self._own / "state.pt"
         self.log_file = self._own / "log.csv"
+        if not self._own.is_dir() and path.is_dir() and any(path.iterdir()):
+            raise InputError(f"{path} holds something else already. Name a new folder with --out.")
         try:
             self._own.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self._own / ".lock")
@@ -49,11 +52,14 @@ class RunFolder:
     def read_state(self, settings: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
         """The state of a run to go on with, or None where there is none.
 
-        UsageError where there is one but `resume` is false, or where it was made with other settings.
+        UsageError where there is one but `resume` is false, or where it was made with other settings;
+        InputError where it is damaged, or missing beside a checkpoint.
         """
+        for left_over in self.path.glob(".saving-*"):  # by a run that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
         if not self.state_file.exists():
-            if (self.path / CONFIG_FILE).exists() and not resume:
-                raise UsageError(f"{self.path} holds a checkpoint already. Name another folder with --out.")
+            if (self.path / CONFIG_FILE).exists():
+                raise InputError(f"{self.path} holds a checkpoint, but no state to go on from. Name a new folder.")
             return None
         if not resume:
             raise UsageError(
@@ -66,7 +72,7 @@ class RunFolder:
         for name in sorted(then.keys() | now.keys()):
             if then.get(name) != now.get(name):
                 raise UsageError(
-                    f"The run in {self.path} has {name} {then.get(name)}, not {now.get(name)}. "
+                    f"The run in {self.path} has {name} {then.get(name, 'unset')}, not {now.get(name, 'unset')}. "
                     "Repeat its options to go on with it, or name another folder."
                 )
         return state

@@ -16,8 +16,8 @@ from hstu_cli.model.tokens import VIDEO_TABLE
 FULL_SOFTMAX_ITEMS = 32_768
 """Up to so many items the next one is told from all others; beyond, from a sample."""
 
-CHUNK_SCORES = 1 << 19
-"""Next-item scores held at a time: 2 MB stay in a core's cache between the passes over them."""
+CHUNK_SCORES = {True: 1 << 19, False: 1 << 26}
+"""Next-item scores held at a time, on a CPU and elsewhere: 2 MB stay in a core's cache, 256 MB fill a GPU."""
 
 
 def task_targets(labels: torch.Tensor) -> torch.Tensor:
@@ -63,17 +63,17 @@ def next_item_loss(
     own = (queries * l2_normalize(F.embedding(target_rows, weight))).sum(1)  # [R]
     items = l2_normalize(F.embedding(choice.items, weight))  # [V, D]
     if choice.sampled_from is None:
-        return _LogPartition.apply(queries, items, own, None, 0.0) - own.sum()
-    repeats = choice.items == target_rows[:, None]  # [R, V]: a target among its negatives would count twice
+        return _LogPartition.apply(queries, items, own, None, None, 0.0) - own.sum()
     log_share = math.log(choice.sampled_from / len(items))
-    return _LogPartition.apply(queries, items, own, repeats, log_share) - own.sum()
+    return _LogPartition.apply(queries, items, own, target_rows, choice.items, log_share) - own.sum()
 
 
 class _LogPartition(torch.autograd.Function):
     """`sum_r log(sum_v exp(q_r . item_v))` of queries [R, D] and items [V, D].
 
-    repeats: bool [R, V], scores that do not count, or None. With it the items are negatives alone:
-    `log_share` is added to their scores, and `own` [R], the targets' scores, join the sum.
+    With targets int64 [R] the items are negatives alone, a sample: `own` [R], the targets' scores, join
+    the sum, and `log_share` is added to the scores of the items, of which those with the target's number
+    in `numbers` int64 [V] do not count.
 
     The gradients are computed beside the value, chunk by chunk: scores are used while they are in the
     cache and never kept, and the division by the partition function happens on rows, not on scores.
@@ -85,21 +85,22 @@ class _LogPartition(torch.autograd.Function):
         queries: torch.Tensor,
         items: torch.Tensor,
         own: torch.Tensor,
-        repeats: torch.Tensor | None,
+        targets: torch.Tensor | None,
+        numbers: torch.Tensor | None,
         log_share: float,
     ) -> torch.Tensor:
         total = queries.new_zeros(())
         grad_queries, grad_items, grad_own = torch.empty_like(queries), torch.zeros_like(items), torch.zeros_like(own)
-        size = max(1, CHUNK_SCORES // len(items))
+        size = max(1, CHUNK_SCORES[queries.device.type == "cpu"] // len(items))
         for start in range(0, len(queries), size):
             chunk = slice(start, start + size)
             scores = queries[chunk] @ items.T  # [r, V]
-            if repeats is not None:
-                scores.add_(log_share).masked_fill_(repeats[chunk], -torch.inf)
-            highest = scores.amax(1) if repeats is None else torch.maximum(scores.amax(1), own[chunk])
+            if targets is not None:
+                scores.add_(log_share).masked_fill_(targets[chunk, None] == numbers, -torch.inf)
+            highest = scores.amax(1) if targets is None else torch.maximum(scores.amax(1), own[chunk])
             weights = scores.sub_(highest[:, None]).exp_()
             partition = weights.sum(1)
-            if repeats is not None:
+            if targets is not None:
                 own_weight = (own[chunk] - highest).exp_()
                 partition += own_weight
                 torch.div(own_weight, partition, out=grad_own[chunk])
@@ -112,4 +113,4 @@ class _LogPartition(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *(saved * grad for saved in ctx.saved_tensors), None, None
+        return *(saved * grad for saved in ctx.saved_tensors), None, None, None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class TrainingOptions:
     """The settings of a run; two runs with the same ones on the same data end with the same weights.
 
-    epochs: passes over the training period; batch_size: users of a step.
+    epochs: times through the training period; batch_size: passes of a step, each over a user or a window of one.
     lr: the highest learning rate, reached after `warmup` (a share of all steps) and then lowered along
       a cosine; weight_decay: of AdamW, on matrices alone, not on embeddings.
     dropout: of token embeddings and of each layer's gated output; id_dropout: the share of user and

@@ -42,8 +42,9 @@ def open_periods(
         until_ms = from_ms if from_ms is not None else round(first + TRAINING_SHARE * (last - first))
     if from_ms is None:
         from_ms = until_ms
-    training = ExampleSource(dataset, config, until_ms=until_ms)
-    validation = ExampleSource(dataset, config, from_ms=from_ms)
+    events = dataset.events(dataset.requests().user_id)
+    training = ExampleSource(dataset, config, until_ms=until_ms, events=events)
+    validation = ExampleSource(dataset, config, from_ms=from_ms, events=events)
     span = dataset.time_span
     if training.num_examples == 0:
         raise InputError(f"{dataset.path} has no request before the end of training; its events run {span}.")

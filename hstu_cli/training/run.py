@@ -1,12 +1,14 @@
 """A training run: epochs with validation, the best checkpoint kept, resumable at any moment."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hstu_cli.bench.session import OutOfMemoryError, out_of_memory_named
 from hstu_cli.config import TASKS
-from hstu_cli.errors import RunError
+from hstu_cli.errors import InputError, RunError
 from hstu_cli.training.examples import ExampleSource
 from hstu_cli.training.folder import RunFolder
 from hstu_cli.training.trainer import Trainer
@@ -45,28 +47,48 @@ class TrainingRun:
         return max(self.epochs, key=lambda epoch: epoch["mean_auc"], default=None)
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that the folder gave."""
-        self.trainer.load_state(state["trainer"])
-        self.epochs, self.elapsed_s = list(state["epochs"]), state["elapsed_s"]
+        """Go on from a state that the folder gave; InputError where it does not fit."""
+        try:
+            self.trainer.load_state(state["trainer"])
+            self.epochs, self.elapsed_s = list(state["epochs"]), state["elapsed_s"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{self.folder.state_file} does not fit this run: it is damaged.") from error
 
     def run(self, watcher: Watcher = Watcher()) -> None:
         """All epochs that are left. RunError where the loss diverges, with the last good checkpoint kept."""
+        if self.trainer.step == 0:
+            self._save()  # from now on the folder is this run's
+        try:
+            with out_of_memory_named():
+                while len(self.epochs) < self.trainer.options.epochs:
+                    self._run_epoch(watcher)
+        except OutOfMemoryError as error:
+            raise RunError(f"Out of memory. Take a smaller --config or lower --batch-size. {self._kept}") from error
+
+    def _run_epoch(self, watcher: Watcher) -> None:
+        """Training and validation of one epoch, and what they leave in the folder."""
         trainer = self.trainer
-        while len(self.epochs) < trainer.options.epochs:
-            try:
-                self._train_epoch(watcher)
-            except RunError as error:
-                kept = f"{self.folder.path} keeps epoch {self.best['epoch']}." if self.best else "No checkpoint yet."
-                raise RunError(f"{error} {kept}") from error
+        try:
+            self._train_epoch(watcher)
             started = time.perf_counter()
             metrics = validate(trainer.model, self.validation, trainer.backend, trainer.impl, watcher.on_validation)
             self.elapsed_s += time.perf_counter() - started
-            self.epochs.append(self._row(metrics))
-            if self.best is self.epochs[-1]:
-                self.folder.write_best(trainer.model)
-            self.folder.write_log(self.epochs)
-            self._save()
-            watcher.on_epoch(self.epochs[-1])
+            row = self._row(metrics)
+            if not math.isfinite(row["mean_auc"]):
+                raise RunError(f"The loss diverged: epoch {row['epoch']} scores nothing but NaN. Try a lower --lr.")
+        except RunError as error:
+            raise RunError(f"{error} {self._kept}") from error
+        self.epochs.append(row)
+        if self.best is row:
+            self.folder.write_best(trainer.model)
+        self.folder.write_log(self.epochs)
+        self._save()
+        watcher.on_epoch(row)
+
+    @property
+    def _kept(self) -> str:
+        """What a run that fails leaves behind, as a sentence."""
+        return f"{self.folder.path} keeps epoch {self.best['epoch']}." if self.best else "There is no checkpoint yet."
 
     def _train_epoch(self, watcher: Watcher) -> None:
         """The rest of the epoch, saving the state now and then."""

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from hstu_cli.backend import Backend
 from hstu_cli.config import NUM_ACTION_WEIGHTS, TASKS, ModelConfig
 from hstu_cli.data.dataset import PreparedDataset
+from hstu_cli.errors import RunError
 from hstu_cli.model.embedding import DEFAULT_KEY, EmbeddingTable
 from hstu_cli.model.ranking import RankingModel, random_model
 from hstu_cli.model.tokens import VIDEO_TABLE
@@ -23,6 +25,9 @@ BIT_SHARE = 0.5
 
 POSITION_STD = 0.02
 """Of the first position embeddings; token embeddings have unit variance."""
+
+COPIES_IN_TRAINING = 4
+"""Of a table: the weights, their gradient, and AdamW's two moments."""
 
 KEYED_TABLES = (USER_TABLE, VIDEO_TABLE)
 """Tables that are looked up by raw id, and have a default row for the unknown ones."""
@@ -60,17 +65,28 @@ class ActionBits(nn.Module):
         torch.mm(self.bits, self.vectors, out=weight)
 
 
-def new_model(dataset: PreparedDataset, config: ModelConfig, source: ExampleSource, seed: int) -> RankingModel:
-    """A model for the ids of a training period, float32 on the CPU, with weights to begin with."""
+def new_model(
+    dataset: PreparedDataset, config: ModelConfig, source: ExampleSource, backend: Backend, seed: int
+) -> RankingModel:
+    """A model for the ids of a training period, float32 on the device, with weights to begin with.
+
+    Raises RunError where its tables, with all that training keeps beside them, would not fit into memory.
+    """
     keys = {USER_TABLE: source.user_ids, VIDEO_TABLE: source.video_ids()}
     ids = {name: torch.from_numpy(np.concatenate([[DEFAULT_KEY], known])) for name, known in keys.items()}
     sizes = {name: 1 + len(values) for name, values in dataset.metadata["category_maps"].items()}
+    table_bytes = COPIES_IN_TRAINING * 4 * config.hidden_dim * sum(map(len, ids.values()))
+    if table_bytes > 0.8 * min(backend.memory_bytes, Backend().memory_bytes):
+        raise RunError(
+            f"Embedding tables for {dataset.name} would take {table_bytes / 1e9:,.0f} GB in training. "
+            "Choose a narrower --config such as tiny."
+        )
     model = random_model(config, ids, sizes, seed=seed)
     with torch.no_grad():
         if USER_TABLE in model.embeddings:
             model.embeddings[USER_TABLE].weight.mul_(USER_SHARE)
         model.position.weight.mul_(POSITION_STD * math.sqrt(config.hidden_dim))
-    return model
+    return model.to(backend.device)
 
 
 def set_dropout(model: RankingModel, share: float) -> None:

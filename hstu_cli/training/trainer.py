@@ -16,7 +16,7 @@ from hstu_cli.model.embedding import DEFAULT_KEY
 from hstu_cli.model.layer import JaggedAttention
 from hstu_cli.model.ranking import RankingModel
 from hstu_cli.model.tokens import ACTION_TABLE, VIDEO_TABLE
-from hstu_cli.training.examples import ExampleBatch, ExampleSource
+from hstu_cli.training.examples import ExampleBatch, ExampleSource, parts_of_tokens
 from hstu_cli.training.loss import NextItemChoice, next_item_loss, ranking_loss, task_targets
 from hstu_cli.training.options import TrainingOptions
 from hstu_cli.training.setup import KEYED_TABLES, ActionBits, set_dropout
@@ -25,6 +25,9 @@ from hstu_cli.training.setup import KEYED_TABLES, ActionBits, set_dropout
 
 MAX_GRADIENT_NORM = 1.0
 ADAM_BETAS = (0.9, 0.98)
+
+STEP_TOKENS = 131_072
+"""Tokens that are in memory at a time; a step with more is computed in parts, one long pass apart."""
 
 DIVERGED = 10.0
 """A loss so many times that of the first step is no longer learning anything."""
@@ -147,22 +150,26 @@ class Trainer:
         seeds = np.random.SeedSequence([self.options.seed, self.step]).generate_state(2, np.uint64).tolist()
         torch.manual_seed(seeds[0])
         generator = torch.Generator().manual_seed(seeds[1])
-        batch = self.source.batch([self.passes[i] for i in members])
-        self._forget_some_ids(batch, generator)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.zero_grad()
-        ranking, next_item = self._losses(batch, generator)
-        num_examples, num_predictions = len(batch.labels), int(batch.has_previous.sum())
-        loss = ranking / num_examples + self.options.next_item_weight * next_item / max(1, num_predictions)
-        loss.backward()
+        passes = [self.passes[i] for i in members]
+        num_examples, num_predictions = self.source.count(passes)
+        loss = 0.0
+        for part in parts_of_tokens(passes, STEP_TOKENS):  # their gradients add up to those of the whole
+            batch = self.source.batch(part)
+            self._forget_some_ids(batch, generator)
+            ranking, next_item = self._losses(batch, generator)
+            share = ranking / num_examples + self.options.next_item_weight * next_item / max(1, num_predictions)
+            share.backward()
+            loss += share.item()
+            self.sums.add(ranking.item(), next_item.item(), len(batch.labels), int(batch.has_previous.sum()))
         self.actions.take_gradient()
         norm = nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM)
-        self._check(loss.item(), norm.item())
+        self._check(loss, norm.item())
         self.optimizer.step()
         self.actions.write()
         self.step += 1
-        self.sums.add(ranking.item(), next_item.item(), num_examples, num_predictions)
 
     def _losses(self, batch: ExampleBatch, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of all tasks summed over the examples, and that of the next item over the predictions."""
