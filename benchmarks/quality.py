@@ -42,7 +42,7 @@ CONFIG = replace(MODEL_PRESETS["tiny"], max_history=256, scaling_seqlen=256)
 """The model: `tiny` with a window that holds every history of the sample."""
 
 OPTIONS = TrainingOptions()
-STUDY_DAYS = 3
+STUDY_DAYS = 7
 STUDY_EPOCHS = 3
 DAY_MS = 86_400_000
 
@@ -51,15 +51,15 @@ TARGETS = {"hit_rate_10": 0.048, "hit_rate_50": 0.16, "auc_long_view": 0.740, "a
 VARIANTS: dict[str, Callable[[ModelConfig, TrainingOptions], tuple[ModelConfig, TrainingOptions]]] = {
     "as used": lambda c, o: (c, o),
     "without user_id": lambda c, o: (replace(c, contextual_features=CONTEXTUAL_FEATURES[1:]), o),
-    "dropout 0.2": lambda c, o: (c, replace(o, dropout=0.2)),
-    "no dropout": lambda c, o: (c, replace(o, dropout=0.0)),
-    "width 128": lambda c, o: (replace(c, hidden_dim=128, num_heads=4, head_dims=(128, 8)), o),
-    "no next-item loss": lambda c, o: (c, replace(o, next_item_weight=0.0)),
-    "temperature 0.1": lambda c, o: (replace(c, next_item_temperature=0.1), o),
+    "next-item weight 0.2": lambda c, o: (c, replace(o, next_item_weight=0.2)),
+    "dropout 0.3": lambda c, o: (c, replace(o, dropout=0.3)),
     "learning rate / 2": lambda c, o: (c, replace(o, lr=o.lr / 2)),
-    "no id dropout": lambda c, o: (c, replace(o, id_dropout=0.0)),
-    "512 negatives": lambda c, o: (c, replace(o, num_negatives=512)),
+    "width 128": lambda c, o: (replace(c, hidden_dim=128, num_heads=4, head_dims=(128, 8)), o),
+    "id dropout 0.2": lambda c, o: (c, replace(o, id_dropout=0.2)),
     "weight decay 0.1": lambda c, o: (c, replace(o, weight_decay=0.1)),
+    "no dropout": lambda c, o: (c, replace(o, dropout=0.0)),
+    "temperature 0.1": lambda c, o: (replace(c, next_item_temperature=0.1), o),
+    "512 negatives": lambda c, o: (c, replace(o, num_negatives=512)),
     "four layers": lambda c, o: (replace(c, num_layers=4), o),
 }
 """One change each."""
