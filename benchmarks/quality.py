@@ -38,28 +38,39 @@ from hstu_cli.training.setup import new_model
 from hstu_cli.training.trainer import Trainer
 from hstu_cli.training.validation import validate
 
-CONFIG = replace(MODEL_PRESETS["tiny"], max_history=256, scaling_seqlen=256)
-"""The model: `tiny` with a window that holds every history of the sample."""
+CONFIG = replace(
+    MODEL_PRESETS["tiny"],
+    hidden_dim=128,
+    num_heads=4,
+    head_dims=(128, 8),
+    max_history=256,
+    scaling_seqlen=256,
+    contextual_features=CONTEXTUAL_FEATURES[1:],
+)
+"""The model: two layers, 128 wide, a window that holds every history of the sample, no user ids."""
 
-OPTIONS = TrainingOptions()
+OPTIONS = TrainingOptions(epochs=4, lr=4e-3)
 STUDY_DAYS = 7
-STUDY_EPOCHS = 3
+STUDY_EPOCHS = 2
 DAY_MS = 86_400_000
 
 TARGETS = {"hit_rate_10": 0.048, "hit_rate_50": 0.16, "auc_long_view": 0.740, "auc_is_click": 0.725}
 
+
 VARIANTS: dict[str, Callable[[ModelConfig, TrainingOptions], tuple[ModelConfig, TrainingOptions]]] = {
     "as used": lambda c, o: (c, o),
-    "without user_id": lambda c, o: (replace(c, contextual_features=CONTEXTUAL_FEATURES[1:]), o),
-    "next-item weight 0.2": lambda c, o: (c, replace(o, next_item_weight=0.2)),
+    "with user_id": lambda c, o: (replace(c, contextual_features=CONTEXTUAL_FEATURES), o),
+    "learning rate 0.002": lambda c, o: (c, replace(o, lr=2e-3)),
+    "learning rate 0.008": lambda c, o: (c, replace(o, lr=8e-3)),
+    "next-item weight 1": lambda c, o: (c, replace(o, next_item_weight=1.0)),
+    "next-item weight 0.1": lambda c, o: (c, replace(o, next_item_weight=0.1)),
+    "width 64": lambda c, o: (replace(c, hidden_dim=64, num_heads=2, head_dims=(64, 8)), o),
+    "dropout 0": lambda c, o: (c, replace(o, dropout=0.0)),
     "dropout 0.3": lambda c, o: (c, replace(o, dropout=0.3)),
-    "learning rate / 2": lambda c, o: (c, replace(o, lr=o.lr / 2)),
-    "width 128": lambda c, o: (replace(c, hidden_dim=128, num_heads=4, head_dims=(128, 8)), o),
-    "id dropout 0.2": lambda c, o: (c, replace(o, id_dropout=0.2)),
+    "id dropout 0": lambda c, o: (c, replace(o, id_dropout=0.0)),
     "weight decay 0.1": lambda c, o: (c, replace(o, weight_decay=0.1)),
-    "no dropout": lambda c, o: (c, replace(o, dropout=0.0)),
-    "temperature 0.1": lambda c, o: (replace(c, next_item_temperature=0.1), o),
     "512 negatives": lambda c, o: (c, replace(o, num_negatives=512)),
+    "temperature 0.1": lambda c, o: (replace(c, next_item_temperature=0.1), o),
     "four layers": lambda c, o: (replace(c, num_layers=4), o),
 }
 """One change each."""

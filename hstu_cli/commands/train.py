@@ -38,7 +38,7 @@ def train(
     weight_decay: Annotated[float, typer.Option(help="Of AdamW, on the matrices of layers and head.")] = 0.01,
     dropout: Annotated[float, typer.Option(help="Of token embeddings and gated attention outputs.")] = 0.1,
     id_dropout: Annotated[float, typer.Option(help="Share of user and video ids replaced by the unknown one.")] = 0.02,
-    next_item_weight: Annotated[float, typer.Option(help="Weight of the next-item loss beside the tasks'.")] = 1.0,
+    next_item_weight: Annotated[float, typer.Option(help="Weight of the next-item loss beside the tasks'.")] = 0.3,
     num_negatives: Annotated[
         int | None,
         typer.Option(min=1, help="Items to tell the next one from. [default: all, or 32,768 of more]"),

@@ -23,6 +23,6 @@ class TrainingOptions:
     weight_decay: float = 0.01
     dropout: float = 0.1
     id_dropout: float = 0.02
-    next_item_weight: float = 1.0
+    next_item_weight: float = 0.3
     num_negatives: int | None = None
     seed: int = 0
