@@ -66,12 +66,6 @@ VARIANTS: dict[str, Callable[[ModelConfig, TrainingOptions], tuple[ModelConfig, 
     "next-item weight 0.1": lambda c, o: (c, replace(o, next_item_weight=0.1)),
     "width 64": lambda c, o: (replace(c, hidden_dim=64, num_heads=2, head_dims=(64, 8)), o),
     "dropout 0": lambda c, o: (c, replace(o, dropout=0.0)),
-    "dropout 0.3": lambda c, o: (c, replace(o, dropout=0.3)),
-    "id dropout 0": lambda c, o: (c, replace(o, id_dropout=0.0)),
-    "weight decay 0.1": lambda c, o: (c, replace(o, weight_decay=0.1)),
-    "512 negatives": lambda c, o: (c, replace(o, num_negatives=512)),
-    "temperature 0.1": lambda c, o: (replace(c, next_item_temperature=0.1), o),
-    "four layers": lambda c, o: (replace(c, num_layers=4), o),
 }
 """One change each."""
 

@@ -1,4 +1,4 @@
-"""Prints saved benchmark records as the Markdown tables of docs/benchmarks.md."""
+"""Prints saved benchmark records as the Markdown tables of docs/benchmarks.md and docs/training.md."""
 
 import json
 from pathlib import Path
@@ -40,10 +40,43 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     return texts | {"roofline_fraction": f"{row['roofline_fraction']:.0%}"}
 
 
-def main(records: Annotated[list[Path], typer.Argument(help="JSON records of hstu bench-layer or bench-e2e.")]) -> None:
+def print_quality(path: Path, record: dict[str, Any]) -> None:
+    """The table of a record of benchmarks/quality.py: its rows, their mean, and what to compare it with."""
+    names = {
+        "hit_rate_10": "HR@10",
+        "hit_rate_50": "HR@50",
+        "auc_long_view": "AUC long_view",
+        "auc_is_click": "AUC is_click",
+    }
+    options = record["options"]
+    epochs = options["study_epochs"] if record["study"] else options["epochs"]
+    print(f"`{path}`: {epochs} epochs, {options['dtype']}, {record['env']['threads']} thread a run\n")
+    print("| run | " + " | ".join(names.values()) + " | minutes |")
+    print("|" + "---|" * (len(names) + 2))
+    for row in sorted(record["rows"], key=lambda row: row.get("seed", 0)):
+        scores = " | ".join(f"{row[name]:.4f}" for name in names)
+        name = row.get("variant", f"seed {row.get('seed')}")
+        print(f"| {name} | {scores} | {(row['training_s'] + row['scoring_s']) / 60:.1f} |")
+    if summary := record.get("summary"):
+        spread = " | ".join("{mean:.4f} ± {std:.4f}".format(**summary[name]) for name in names)
+        print(f"| mean ± standard deviation | {spread} | |")
+        for title, values in (
+            ("popularity; rates of item and user", record["baselines"]),
+            ("target", record["targets"]),
+        ):
+            print(f"| {title} | " + " | ".join(f"{values[name]:.4f}" for name in names) + " | |")
+    print()
+
+
+def main(
+    records: Annotated[list[Path], typer.Argument(help="JSON records of hstu bench-layer, bench-e2e or quality.py.")],
+) -> None:
     """Print a table for each record."""
     for path in records:
         record = json.loads(path.read_text(encoding="utf-8"))
+        if record["command"] == "benchmarks/quality.py":
+            print_quality(path, record)
+            continue
         rows = [cells(row) for row in record["rows"]]
         shown = [name for name in COLUMNS if any(name in row for row in rows)]
         if len({row.get("embedding") for row in rows}) == 1:
