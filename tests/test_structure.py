@@ -136,3 +136,20 @@ def test_benchmarks_need_torch_numpy_typer_and_rich_alone(command: str) -> None:
     arguments = [command, "--config", "tiny", *small[command], "--num-iters", "1", "--format", "json"]
     out = run_python(BLOCK.format(blocked=blocked, arguments=arguments))
     assert '"status": "valid"' in out
+
+
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        ("bench-e2e", ["(1,2,4,8)", "(32, or"]),
+        ("bench-layer", ["(32, or"]),
+        ("train", ["(--until)", "(--from)", "(all, or"]),
+    ],
+)
+def test_help_shows_defaults_that_are_worked_out(command: str, defaults: list[str]) -> None:
+    shown = run_python(
+        "from typer.testing import CliRunner\n"
+        "from hstu_cli.cli import app\n"
+        f"print(CliRunner().invoke(app, ['{command}', '--help']).output)"
+    )
+    assert all(default in shown for default in defaults), shown

@@ -23,7 +23,7 @@ VARIANTS = "baseline,kvcache,kvcache+graph"
 
 def bench_e2e(
     num_users: Annotated[
-        str | None, typer.Option(metavar="LIST", help=f"Users of a batch. [default: {NUM_USERS}]")
+        str | None, typer.Option(metavar="LIST", help="Users of a batch.", show_default=NUM_USERS)
     ] = None,
     history_step: Annotated[int, typer.Option(min=2, help="Tokens that each batch adds to every history.")] = 256,
     num_batches: Annotated[int, typer.Option(min=1, help="Batches of the workload.")] = 16,
@@ -34,11 +34,11 @@ def bench_e2e(
     ] = "auto",
     config: options.Config = None,
     page_size: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a page. [default: 32, or the hardware preset's]")
+        int | None, typer.Option(min=1, help="Tokens in a page.", show_default="32, or the hardware preset's")
     ] = None,
     num_iters_warmup: options.Warmup = 1,
     num_iters: Annotated[
-        int | None, typer.Option(min=1, help="Timed rounds; all variants take turns in each. [default: 3]")
+        int | None, typer.Option(min=1, help="Timed rounds; all variants take turns in each.", show_default="3")
     ] = None,
     full: options.Full = False,
     dry_run: options.DryRun = False,

@@ -23,17 +23,17 @@ BATCH_SIZE = "1,2,4,8"
 
 def bench_layer(
     history: Annotated[
-        str | None, typer.Option(metavar="LIST", help=f"Tokens before the candidates. [default: {HISTORY}]")
+        str | None, typer.Option(metavar="LIST", help="Tokens before the candidates.", show_default=HISTORY)
     ] = None,
     cached: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help=f"Cached tokens, or shares of the history. [default: {CACHED}]"),
+        typer.Option(metavar="LIST", help="Cached tokens, or shares of the history.", show_default=CACHED),
     ] = None,
     candidates: Annotated[
-        str | None, typer.Option(metavar="LIST", help=f"Candidates of a request. [default: {CANDIDATES}]")
+        str | None, typer.Option(metavar="LIST", help="Candidates of a request.", show_default=CANDIDATES)
     ] = None,
     batch_size: Annotated[
-        str | None, typer.Option(metavar="LIST", help=f"Requests at once. [default: {BATCH_SIZE}]")
+        str | None, typer.Option(metavar="LIST", help="Requests at once.", show_default=BATCH_SIZE)
     ] = None,
     cache_tier: Annotated[
         str, typer.Option(help="device, or host: copying the cached pages from host memory counts.")
@@ -43,7 +43,7 @@ def bench_layer(
     ] = None,
     config: options.Config = None,
     page_size: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a page. [default: 32, or the hardware preset's]")
+        int | None, typer.Option(min=1, help="Tokens in a page.", show_default="32, or the hardware preset's")
     ] = None,
     num_iters_warmup: options.Warmup = 1,
     num_iters: options.Iterations = 5,

@@ -26,11 +26,13 @@ def train(
     dataset: options.Dataset = None,
     data_root: options.DataRoot = None,
     until: Annotated[
-        str | None, typer.Option(metavar="DATE", help="Train on requests before this, UTC+8. [default: --from]")
+        str | None, typer.Option(metavar="DATE", help="Train on requests before this, UTC+8.", show_default="--from")
     ] = None,
     from_: Annotated[
         str | None,
-        typer.Option("--from", metavar="DATE", help="Validate on requests from this on, UTC+8. [default: --until]"),
+        typer.Option(
+            "--from", metavar="DATE", help="Validate on requests from this on, UTC+8.", show_default="--until"
+        ),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Times through the training period.")] = 8,
     lr: Annotated[float, typer.Option(help="Highest learning rate, after a warm-up and before a cosine.")] = 2e-3,
@@ -41,7 +43,7 @@ def train(
     next_item_weight: Annotated[float, typer.Option(help="Weight of the next-item loss beside the tasks'.")] = 0.3,
     num_negatives: Annotated[
         int | None,
-        typer.Option(min=1, help="Items to tell the next one from. [default: all, or 32,768 of more]"),
+        typer.Option(min=1, help="Items to tell the next one from.", show_default="all, or 32,768 of more"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
     device: options.Device = "auto",
