@@ -66,6 +66,8 @@ VARIANTS: dict[str, Callable[[ModelConfig, TrainingOptions], tuple[ModelConfig, 
     "next-item weight 0.1": lambda c, o: (c, replace(o, next_item_weight=0.1)),
     "width 64": lambda c, o: (replace(c, hidden_dim=64, num_heads=2, head_dims=(64, 8)), o),
     "dropout 0": lambda c, o: (c, replace(o, dropout=0.0)),
+    "512 negatives": lambda c, o: (c, replace(o, num_negatives=512)),
+    "weight decay 0.1": lambda c, o: (c, replace(o, weight_decay=0.1)),
 }
 """One change each."""
 
