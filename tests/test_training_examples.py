@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hstu_cli.backend import Backend
 from hstu_cli.bench.setup import random_model_for
-from hstu_cli.config import MODEL_PRESETS, ModelConfig
+from hstu_cli.config import MODEL_PRESETS
 from hstu_cli.data.dataset import PreparedDataset
 from hstu_cli.data.synthetic import SyntheticOptions, prepare_synthetic
 from hstu_cli.model.engine import InferenceEngine
@@ -121,4 +121,3 @@ def test_the_order_of_examples_is_that_of_events(dataset: PreparedDataset) -> No
         for one in passes
     ]
     assert np.array_equal(batch.video_ids.numpy(), np.concatenate(expected))
-    assert isinstance(source.config, ModelConfig)

@@ -7,12 +7,10 @@ from typing import Any
 import torch
 
 from hstu_cli.backend import Backend
-from hstu_cli.bench.metrics import ReplayMetrics
+from hstu_cli.bench.metrics import CUTOFFS, ReplayMetrics
 from hstu_cli.model.layer import JaggedAttention
 from hstu_cli.model.ranking import RankingModel
 from hstu_cli.training.examples import ExampleSource
-
-CUTOFFS = (1, 5, 10, 50)
 
 BATCH_TOKENS = 16_384
 """Tokens of a validation step, one long user apart."""
