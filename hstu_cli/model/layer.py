@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hstu_cli.config import ModelConfig
-from hstu_cli.kernels import hstu_attention, linear_residual, linear_silu
+from hstu_cli.kernels import hstu_attention, layer_norm, layer_norm_mul, linear_residual, linear_silu
 
 # Shapes: T tokens (jagged over the batch), D hidden_dim, H heads, d head_dim.
 
@@ -68,10 +68,12 @@ class HSTULayer(nn.Module):
     def forward(self, x: torch.Tensor, attention: Attention, layer: int) -> torch.Tensor:
         """X [T, D] to x' [T, D]."""
         impl = attention.impl
-        uvqk = linear_silu(self.input_norm(x), self.uvqk.weight, self.uvqk.bias, impl=impl)  # [T, 4 * H * d]
+        norm, output_norm = self.input_norm, self.output_norm
+        normed = layer_norm(x, norm.weight, norm.bias, eps=norm.eps, impl=impl)  # [T, D]
+        uvqk = linear_silu(normed, self.uvqk.weight, self.uvqk.bias, impl=impl)  # [T, 4 * H * d]
         u, v, q, k = uvqk.view(-1, 4, self.num_heads, self.head_dim).unbind(1)  # [T, H, d] each
-        o = attention(layer, q, k, v)  # [T, H, d]
-        gated = self.output_norm(o.flatten(1)) * u.flatten(1)  # [T, H * d]
+        o = attention(layer, q, k, v).flatten(1)  # [T, H * d]
+        gated = layer_norm_mul(o, u.flatten(1), output_norm.weight, output_norm.bias, eps=output_norm.eps, impl=impl)
         return linear_residual(F.dropout(gated, self.dropout, self.training), self.output.weight, x, impl=impl)
 
 

@@ -1,0 +1,43 @@
+"""The two layer norms of an HSTU layer: of its input, and of the attention's output, gated by u."""
+
+import torch
+
+from hstu_cli.kernels.dispatch import choose_impl_for
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float, impl: str = "auto"
+) -> torch.Tensor:
+    """`(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension.
+
+    x: [rows, width], of which the last dimension is contiguous; weight, bias: [width]; result [rows, width]
+    contiguous; one floating dtype and device. Mean and variance are taken in float32 at least.
+    impl: `auto` or a name from `hstu_cli.kernels.dispatch.IMPLEMENTATIONS`.
+    Raises ValueError for inputs that do not fit together.
+    """
+    _check(x, weight, bias, x)
+    choose_impl_for(impl, x, weight, bias)
+    from hstu_cli.kernels.norm.reference import layer_norm
+
+    return layer_norm(x, weight, bias, eps)
+
+
+def layer_norm_mul(
+    x: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float, impl: str = "auto"
+) -> torch.Tensor:
+    """`LayerNorm(x) * u`: u like x, [rows, width]; else as `layer_norm`."""
+    _check(x, weight, bias, u)
+    choose_impl_for(impl, x, u, weight, bias)
+    from hstu_cli.kernels.norm.reference import layer_norm_mul
+
+    return layer_norm_mul(x, u, weight, bias, eps)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, u: torch.Tensor) -> None:
+    if x.dim() != 2 or weight.shape != x.shape[1:] or bias.shape != x.shape[1:]:
+        shapes = f"{list(x.shape)}, {list(weight.shape)} and {list(bias.shape)}"
+        raise ValueError(f"x must be [rows, width], weight and bias [width], not {shapes}")
+    if u.shape != x.shape:
+        raise ValueError(f"u must be {list(x.shape)} like x, not {list(u.shape)}")
+    if any(tensor.dtype != x.dtype or tensor.device != x.device for tensor in (u, weight, bias)):
+        raise ValueError(f"all inputs must be {x.dtype} on {x.device} like x")
