@@ -10,30 +10,10 @@
 
 namespace hstu {
 
-// Whether this CPU and this torch multiply bf16 in matrix units, tried once on a small product.
+// Whether bf16 is multiplied in matrix units here.
 bool has_bf16_tiles() {
-#if defined(CPU_CAPABILITY_AVX512)
-  static const bool works = [] {
-    if (!at::native::cpublas::could_pack(at::kBFloat16)) return false;
-    alignas(64) at::BFloat16 a[16 * 32], b[32 * 16];
-    alignas(64) float c[16 * 16];
-    for (int i = 0; i < 512; ++i) {
-      a[i] = static_cast<float>(i % 7);
-      b[i] = static_cast<float>(i % 5);
-    }
-    try {
-      at::native::cpublas::brgemm(16, 16, 32, 32, 16, 16, false, a, b, c, true);
-      at::native::cpublas::brgemm_release(true);
-    } catch (const c10::Error&) {
-      return false;
-    }
-    float expected = 0;  // of row 3, column 5: of b, rows 2k and 2k + 1 are interleaved
-    for (int k = 0; k < 32; ++k) {
-      expected += static_cast<float>((3 * 32 + k) % 7) * static_cast<float>(((k / 2) * 32 + 5 * 2 + k % 2) % 5);
-    }
-    return c[3 * 16 + 5] == expected;
-  }();
-  return works;
+#ifdef HSTU_MATRIX_TILES
+  return matrix_tiles_work();
 #else
   return false;
 #endif
@@ -46,16 +26,22 @@ Rows<scalar_t> rows_of(const at::Tensor& x) {
 
 at::Tensor last_contiguous(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
-template <typename scalar_t, typename tile_t>
+template <typename tiles_t>
 at::Tensor run(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, std::vector<Sequence> sequences,
-    const Pages<scalar_t>& pages, double alpha, int64_t scaling_seqlen) {
+    const at::Tensor& pages, double alpha, int64_t scaling_seqlen) {
+  using scalar_t = typename tiles_t::scalar_type;
   at::Tensor out = at::empty(q.sizes(), q.options());
+  Pages<scalar_t> source;
+  if (pages.defined()) {
+    source = {pages.const_data_ptr<scalar_t>(), pages.stride(0), pages.stride(1), pages.stride(2), pages.stride(3),
+              pages.size(2)};
+  }
   if (out.numel()) {
     const Batch<scalar_t> batch{
-        rows_of<scalar_t>(q), rows_of<scalar_t>(k), rows_of<scalar_t>(v), pages, out.data_ptr<scalar_t>(),
+        rows_of<scalar_t>(q), rows_of<scalar_t>(k), rows_of<scalar_t>(v), source, out.data_ptr<scalar_t>(),
         std::move(sequences), q.size(1), q.size(2), alpha, static_cast<double>(scaling_seqlen)};
-    attention<scalar_t, tile_t>(batch);
+    attention<tiles_t>(batch);
   }
   return out;
 }
@@ -113,24 +99,19 @@ at::Tensor paged_attention(
     }
   }
   std::vector<Sequence> sequences = sequences_of(q, offsets, num_candidates, page_indptr, page_ids, cached_lengths);
-  auto call = [&](auto scalar, auto tile) {
-    using scalar_t = decltype(scalar);
-    Pages<scalar_t> source;
-    if (pages.defined()) {
-      source = {pages.const_data_ptr<scalar_t>(), pages.stride(0), pages.stride(1), pages.stride(2), pages.stride(3),
-                pages.size(2)};
-    }
-    return run<scalar_t, decltype(tile)>(q, k, v, std::move(sequences), source, alpha, scaling_seqlen);
-  };
+  auto call = [&]<typename tiles_t>() { return run<tiles_t>(q, k, v, std::move(sequences), pages, alpha, scaling_seqlen); };
   switch (q.scalar_type()) {
     case at::kBFloat16:
-      return has_bf16_tiles() ? call(at::BFloat16(), at::BFloat16()) : call(at::BFloat16(), float());
+#ifdef HSTU_MATRIX_TILES
+      if (matrix_tiles_work()) return call.template operator()<MatrixTiles>();
+#endif
+      return call.template operator()<VectorTiles<at::BFloat16, float>>();
     case at::kHalf:
-      return call(at::Half(), float());
+      return call.template operator()<VectorTiles<at::Half, float>>();
     case at::kFloat:
-      return call(float(), float());
+      return call.template operator()<VectorTiles<float, float>>();
     case at::kDouble:
-      return call(double(), double());
+      return call.template operator()<VectorTiles<double, double>>();
     default:
       TORCH_CHECK_VALUE(false, "no native attention for ", q.scalar_type());
   }

@@ -1,0 +1,181 @@
+// Attention of one thread in the matrix units of x86 (AMX): bf16 tiles of 16 rows by 64 bytes, float32 sums.
+//
+// Operands lie tile behind tile, 1 KB each, in the order in which they are used: no power of two between the rows of a
+// tile, and every load continues the last one. A block is 32 x 32 results, four tiles of sums in registers.
+#pragma once
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(CPU_CAPABILITY_AVX512) && defined(__linux__)
+#define HSTU_MATRIX_TILES
+
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "plan.h"
+#include "scratch.h"
+
+namespace hstu {
+
+using bf16 = at::BFloat16;
+
+constexpr int64_t TILE = 16 * 32;      // bf16 of a tile
+constexpr int64_t SUM_TILE = 16 * 16;  // float32 of a tile of sums
+constexpr int64_t STEP = 32;           // channels or keys that a tile product adds up
+
+// The shapes of all eight tile registers. Not a local of the function that loads it: the compiler believes that the
+// instruction reads eight bytes of it, and would leave out the rest.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+inline const TileConfig TILE_CONFIG;
+
+// The matrix units as long as this lives; what another library does with them in between is undone.
+struct TileSession {
+  TileSession() { _tile_loadconfig(&TILE_CONFIG); }
+  ~TileSession() { _tile_release(); }
+  TileSession(const TileSession&) = delete;
+};
+
+// Tile registers: 0 to 3 hold sums, 4 and 5 the left operand, 6 and 7 the right one.
+#define HSTU_LOAD_TILE(tile, data) _tile_loadd(tile, data, 64)
+
+inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// Four tiles of sums as they lie in memory: two below two, so many floats between those below each other.
+inline void load_sums(const float* sums, int64_t below) {
+  HSTU_LOAD_TILE(0, sums);
+  HSTU_LOAD_TILE(1, sums + SUM_TILE);
+  HSTU_LOAD_TILE(2, sums + below);
+  HSTU_LOAD_TILE(3, sums + below + SUM_TILE);
+}
+
+inline void store_sums(float* sums, int64_t below) {
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + SUM_TILE, 64);
+  _tile_stored(2, sums + below, 64);
+  _tile_stored(3, sums + below + SUM_TILE, 64);
+}
+
+// sums += [a0; a1] [b0 b1] over so many tiles of each. beside(step) runs between: other units are free meanwhile.
+template <typename steps_t, typename beside_t>
+inline __attribute__((always_inline)) void add_products(
+    steps_t steps, const bf16* a0, const bf16* a1, const bf16* b0, const bf16* b1, const beside_t& beside) {
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t at = step * TILE;
+    HSTU_LOAD_TILE(4, a0 + at);
+    HSTU_LOAD_TILE(6, b0 + at);
+    _tile_dpbf16ps(0, 4, 6);
+    HSTU_LOAD_TILE(7, b1 + at);
+    beside(2 * step);
+    _tile_dpbf16ps(1, 4, 7);
+    HSTU_LOAD_TILE(5, a1 + at);
+    _tile_dpbf16ps(2, 5, 6);
+    beside(2 * step + 1);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+inline void add_products(int64_t steps, const bf16* a0, const bf16* a1, const bf16* b0, const bf16* b1) {
+  add_products(steps, a0, a1, b0, b1, [](int64_t) {});
+}
+
+#undef HSTU_LOAD_TILE
+
+// Whether this CPU multiplies bf16 tiles, oneDNN may use them too (its settings count here) and the system lets us.
+inline bool matrix_tiles_work() {
+  static const bool work = [] {
+    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    if (!__builtin_cpu_supports("amx-bf16") || !at::native::cpublas::could_pack(at::kBFloat16)) return false;
+    if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0) return false;
+    alignas(64) bf16 ones[2 * TILE];
+    alignas(64) float sums[4 * SUM_TILE];
+    std::fill_n(ones, 2 * TILE, bf16(1.0f));
+    TileSession session;
+    zero_sums();
+    add_products(1, ones, ones + TILE, ones, ones + TILE);
+    store_sums(sums, 2 * SUM_TILE);
+    return std::all_of(sums, sums + 4 * SUM_TILE, [](float sum) { return sum == STEP; });
+  }();
+  return work;
+}
+
+// 32 channels from `channel` on of a row that has so many; zero behind its end.
+inline __m512i load_channels(const bf16* row, int64_t channel, int64_t num_channels) {
+  const int64_t left = num_channels - channel;
+  if (left >= STEP) return _mm512_loadu_si512(row + channel);
+  return _mm512_maskz_loadu_epi16((__mmask32(1) << left) - 1, row + channel);
+}
+
+// A tile transposed, as 16 x 16 pairs of bf16.
+inline void transpose_tile(const bf16* source, bf16* target) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(source + i * STEP);
+  for (int i = 0; i < 16; i += 2) {  // 2 x 2 pairs
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // 4 x 4: row r of each lane is now row i + r
+    for (int r = 0; r < 2; ++r) {
+      a[i + 2 * r] = _mm512_unpacklo_epi64(b[i + r], b[i + r + 2]);
+      a[i + 2 * r + 1] = _mm512_unpackhi_epi64(b[i + r], b[i + r + 2]);
+    }
+  }
+  for (int r = 0; r < 4; ++r) {  // lanes
+    const __m512i even_low = _mm512_shuffle_i32x4(a[r], a[r + 4], 0x88), odd_low = _mm512_shuffle_i32x4(a[r], a[r + 4], 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(a[r + 8], a[r + 12], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(a[r + 8], a[r + 12], 0xdd);
+    _mm512_store_si512(target + r * STEP, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
+    _mm512_store_si512(target + (r + 4) * STEP, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
+    _mm512_store_si512(target + (r + 8) * STEP, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
+    _mm512_store_si512(target + (r + 12) * STEP, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+  }
+}
+
+// Rows [count <= 16] as a right operand of steps of 32 channels: [steps][16 pairs of channels][16 rows].
+template <typename row_t>
+void load_transposed(const row_t& row, int64_t count, int64_t num_channels, bf16* tiles) {
+  alignas(64) bf16 tile[TILE];
+  for (int64_t channel = 0; channel < num_channels; channel += STEP) {
+    for (int64_t i = 0; i < 16; ++i) {
+      const __m512i values = i < count ? load_channels(row(i), channel, num_channels) : _mm512_setzero_si512();
+      _mm512_store_si512(tile + i * STEP, values);
+    }
+    transpose_tile(tile, tiles + channel / STEP * TILE);
+  }
+}
+
+// Two vectors of float32 as one of pairs of bf16, those of `low` first. Halves are rounded away from zero, two
+// instructions less than to even: a tie is one of 65,536.
+inline __m512i to_pairs(__m512 low, __m512 high) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i a = _mm512_add_epi32(_mm512_castps_si512(low), half);
+  const __m512i b = _mm512_add_epi32(_mm512_castps_si512(high), half);
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
+}
+
+// x * sigmoid(alpha * x), right to 2^-13: bf16 keeps 2^-9. The cubic is the best relative fit of 2^f on [0, 1).
+inline __m512 silu_for_bf16(__m512 x, __m512 minus_alpha_log2e) {
+  const __m512 t = _mm512_mul_ps(x, minus_alpha_log2e);
+  const __m512 f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.0780245f), f, _mm512_set1_ps(0.2260672f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6958335f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.9999252f));
+  const __m512 e = _mm512_scalef_ps(p, t);
+  return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(e, _mm512_set1_ps(1.0f))));
+}
+
+}  // namespace hstu
+
+#endif
