@@ -105,7 +105,7 @@ def test_pages_that_were_not_copied_from_the_host_invalidate_the_run(monkeypatch
 
 def test_the_limit_of_the_host_tier_counts_the_copy() -> None:
     def least(rate: float) -> float:
-        return Ceilings(1e12, 1e10, rate, 1, 1).least_ms(1e9, 1e6, onload_bytes=1e8)
+        return Ceilings(1e12, 1e12, None, 1e10, rate, 1, 1).least_ms(1e9, 1e6, onload_bytes=1e8)
 
     assert (least(1e9), least(1e15)) == (100.0, 1.0)
     group = LayerGroup(3, 48, 0, (0, 24))

@@ -6,23 +6,30 @@ from typing import Any
 import torch
 
 from hstu_cli.backend import Backend
+from hstu_cli.kernels.native.build import native_state
 from hstu_cli.timing import Case, measure
 
 ROUNDS = 5
 MATMUL_SIZE = {"cpu": 4096}
 COPY_BYTES = {"cpu": 1 << 28}
 ACCELERATOR_MATMUL_SIZE, ACCELERATOR_COPY_BYTES = 8192, 1 << 30
+TILE_REPEATS = 20_000
+"""Of the native tile loop: about ten milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """The best rates that were seen: of a large matrix product in the dtype, and of large copies.
+    """The best rates that were seen: of matrix products in the dtype, and of large copies.
 
+    flops_per_s is the larger of matmul_flops_per_s, of torch's large product, and tile_flops_per_s, of the
+    native operators' inner loop on operands that stay in the first-level cache; None where that is not built.
     bytes_per_s, within the device, counts what is read and what is written; onload_bytes_per_s, from
     host memory to the device, each byte once.
     """
 
     flops_per_s: float
+    matmul_flops_per_s: float
+    tile_flops_per_s: float | None
     bytes_per_s: float
     onload_bytes_per_s: float
     matmul_size: int
@@ -38,7 +45,7 @@ class Ceilings:
 
 
 def measure_ceilings(backend: Backend, dtype: torch.dtype) -> Ceilings:
-    """Time a square product of `dtype`, a copy within the device and one to it; the fastest round counts."""
+    """Time products of `dtype`, a copy within the device and one to it; the fastest round of each counts."""
     size = MATMUL_SIZE.get(backend.type, ACCELERATOR_MATMUL_SIZE)
     num_bytes = COPY_BYTES.get(backend.type, ACCELERATOR_COPY_BYTES)
     generator = torch.Generator().manual_seed(0)
@@ -46,16 +53,33 @@ def measure_ceilings(backend: Backend, dtype: torch.dtype) -> Ceilings:
     product = torch.empty_like(a)
     source, target = (torch.ones(num_bytes, dtype=torch.uint8, device=backend.device) for _ in range(2))
     host = backend.host_tensor((num_bytes,), torch.uint8)
-    cases = (
+    cases = [
         Case("matmul", [lambda: torch.mm(a, b, out=product)]),
         Case("copy", [lambda: target.copy_(source)]),
         Case("onload", [lambda: target.copy_(host, non_blocking=True)]),
-    )
+    ]
+    tile_flops = _tile_loop(backend, dtype, cases)
     samples = measure(cases, backend, warmup=1, iterations=ROUNDS)
+    rate = {name: 1e3 / float(times.min()) for name, times in samples.items()}  # per second
+    matmul = 2 * size**3 * rate["matmul"]
+    tiles = tile_flops * rate["tiles"] if tile_flops else None
     return Ceilings(
-        flops_per_s=2 * size**3 / (float(samples["matmul"].min()) * 1e-3),
-        bytes_per_s=2 * num_bytes / (float(samples["copy"].min()) * 1e-3),
-        onload_bytes_per_s=num_bytes / (float(samples["onload"].min()) * 1e-3),
+        flops_per_s=max(matmul, tiles or 0.0),
+        matmul_flops_per_s=matmul,
+        tile_flops_per_s=tiles,
+        bytes_per_s=2 * num_bytes * rate["copy"],
+        onload_bytes_per_s=num_bytes * rate["onload"],
         matmul_size=size,
         copy_bytes=num_bytes,
     )
+
+
+def _tile_loop(backend: Backend, dtype: torch.dtype, cases: list[Case]) -> int:
+    """Add the native operators' inner loop to the cases, where they are built and have one; returns its FLOPs."""
+    if backend.type != "cpu" or dtype != torch.bfloat16 or not native_state(build=False).built:
+        return 0
+    operators = torch.ops.hstu_native
+    if not operators.has_bf16_tiles():
+        return 0
+    cases.append(Case("tiles", [lambda: operators.multiply_tiles(TILE_REPEATS)]))
+    return operators.multiply_tiles(1) * TILE_REPEATS

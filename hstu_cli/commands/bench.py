@@ -32,7 +32,7 @@ OTHER_CPU_EFFICIENCY = 0.35
 def estimated_seconds(session: BenchSession, flops: float, rounds: float) -> float:
     """About how long a CPU takes for so many rounds of so many FLOPs."""
     efficiency = CPU_EFFICIENCY.get(session.dtype, OTHER_CPU_EFFICIENCY)
-    return rounds * flops / (efficiency * session.ceilings.flops_per_s)
+    return rounds * flops / (efficiency * session.ceilings.matmul_flops_per_s)
 
 
 def say_scaled(opened: Opened, message: str) -> None:
@@ -122,8 +122,11 @@ def overview(record: Mapping[str, Any]) -> Table:
 
 def _rates(ceilings: Mapping[str, Any]) -> str:
     """The measured ceilings in a line."""
+    tiles = ceilings["tile_flops_per_s"]
     return (
-        f"{ceilings['flops_per_s'] / 1e12:,.2f} TFLOP/s, {ceilings['bytes_per_s'] / 1e9:,.1f} GB/s, "
+        f"{ceilings['flops_per_s'] / 1e12:,.2f} TFLOP/s"
+        + (f" (in tiles; a large product {ceilings['matmul_flops_per_s'] / 1e12:,.2f})" if tiles else "")
+        + f", {ceilings['bytes_per_s'] / 1e9:,.1f} GB/s, "
         f"{ceilings['onload_bytes_per_s'] / 1e9:,.1f} GB/s from host memory"
     )
 

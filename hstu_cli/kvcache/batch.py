@@ -136,7 +136,7 @@ class PagedAttention:
             job.wait_layer(layer)
         pages = self.storage.pages[layer]
         if len(self.new_rows):
-            append_to_pages(k, v, self.new_rows, pages, self.new_slots)
+            append_to_pages(k, v, self.new_rows, pages, self.new_slots, impl=self.impl)
         return paged_attention(
             q,
             k,

@@ -2,9 +2,17 @@
 
 import torch
 
+from hstu_cli.kernels.dispatch import choose_impl_for
+
 
 def append_to_pages(
-    k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    impl: str = "auto",
 ) -> None:
     """Write rows of k and v to slots of the pages, in place.
 
@@ -20,7 +28,9 @@ def append_to_pages(
         )
     if {k.dtype, v.dtype} != {pages.dtype} or len({t.device for t in (k, v, rows, pages, slots)}) > 1:
         raise ValueError("k, v and pages must have one dtype, and all arguments one device")
-    page_size = pages.shape[2]
-    page, place = slots // page_size, slots % page_size
-    pages[page, 0, place] = k[rows]
-    pages[page, 1, place] = v[rows]
+    match choose_impl_for(impl, k, v, pages):
+        case "native" if pages.is_contiguous():
+            from hstu_cli.kernels.append_pages.native import append
+        case _:
+            from hstu_cli.kernels.append_pages.reference import append
+    append(k, v, rows, pages, slots)

@@ -1,8 +1,10 @@
-"""The linear layers through oneDNN: weights are packed once, SiLU and the sum happen before the result is rounded.
+"""The linear layers on weights that are packed once; SiLU and the sum happen before the result is rounded.
 
-`torch.nn.functional.linear` packs its weight on every call, which for few rows takes as long as the product.
+In bf16: by the C++ operators where there are matrix units, else by oneDNN. `torch.nn.functional.linear`
+packs its weight on every call, which for few rows takes as long as the product.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +15,7 @@ from hstu_cli.kernels.linear import reference
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """A weight in oneDNN's layout, and the state of the tensor that it was made from."""
+    """A packed weight, and the state of the tensor that it was made from."""
 
     address: int
     version: int
@@ -28,27 +30,32 @@ _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> _Packed, as lo
 
 def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """See `hstu_cli.kernels.linear.linear_silu`."""
-    if not _pays(x):
+    if x.dtype != torch.bfloat16 or len(x) == 0:
         return reference.linear_silu(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, _packed_weight(weight), bias, "swish", [], "")
+    if torch.ops.hstu_native.has_bf16_tiles():
+        return torch.ops.hstu_native.linear_silu(x, _packed_weight(weight, torch.ops.hstu_native.pack_weight), bias)
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed = _packed_weight(weight, torch.ops.mkldnn._reorder_linear_weight)
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "swish", [], "")
+    return reference.linear_silu(x, weight, bias)
 
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """See `hstu_cli.kernels.linear.linear_residual`."""
-    if not _pays(x):
+    if x.dtype != torch.bfloat16 or len(x) == 0:
         return reference.linear_residual(x, weight, residual)
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, _packed_weight(weight), None, "add")
+    if torch.ops.hstu_native.has_bf16_tiles():
+        packed = _packed_weight(weight, torch.ops.hstu_native.pack_weight)
+        return torch.ops.hstu_native.linear_residual(x, packed, residual)
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed = _packed_weight(weight, torch.ops.mkldnn._reorder_linear_weight)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, None, "add")
+    return reference.linear_residual(x, weight, residual)
 
 
-def _pays(x: torch.Tensor) -> bool:
-    """Whether oneDNN takes these rows and is faster: in float32 the product that torch calls anyway is."""
-    return x.dtype == torch.bfloat16 and len(x) > 0 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _packed_weight(weight: torch.Tensor) -> torch.Tensor:
-    """The weight in oneDNN's layout; packed again where it was written to or moved."""
+def _packed_weight(weight: torch.Tensor, pack: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The weight as its product wants it; packed again where it was written to or moved."""
     packed = _packed.get(weight)
     if packed is None or not packed.is_of(weight):
-        layout = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-        _packed[weight] = packed = _Packed(weight.data_ptr(), weight._version, layout)
+        _packed[weight] = packed = _Packed(weight.data_ptr(), weight._version, pack(weight.detach()))
     return packed.weight

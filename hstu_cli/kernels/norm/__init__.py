@@ -16,9 +16,11 @@ def layer_norm(
     Raises ValueError for inputs that do not fit together.
     """
     _check(x, weight, bias, x)
-    choose_impl_for(impl, x, weight, bias)
-    from hstu_cli.kernels.norm.reference import layer_norm
-
+    match choose_impl_for(impl, x, weight, bias):
+        case "native":
+            from hstu_cli.kernels.norm.native import layer_norm
+        case _:
+            from hstu_cli.kernels.norm.reference import layer_norm
     return layer_norm(x, weight, bias, eps)
 
 
@@ -27,9 +29,11 @@ def layer_norm_mul(
 ) -> torch.Tensor:
     """`LayerNorm(x) * u`: u like x, [rows, width]; else as `layer_norm`."""
     _check(x, weight, bias, u)
-    choose_impl_for(impl, x, u, weight, bias)
-    from hstu_cli.kernels.norm.reference import layer_norm_mul
-
+    match choose_impl_for(impl, x, u, weight, bias):
+        case "native":
+            from hstu_cli.kernels.norm.native import layer_norm_mul
+        case _:
+            from hstu_cli.kernels.norm.reference import layer_norm_mul
     return layer_norm_mul(x, u, weight, bias, eps)
 
 

@@ -1,5 +1,6 @@
 // The operators of this library as torch sees them: checks, the choice of the tile's type, the call.
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -7,6 +8,8 @@
 #include <cmath>
 
 #include "attention.h"
+#include "matrix_linear.h"
+#include "rows.h"
 
 namespace hstu {
 
@@ -117,13 +120,155 @@ at::Tensor paged_attention(
   }
 }
 
+at::Tensor norm(
+    const at::Tensor& x_any, const std::optional<at::Tensor>& u_any, const at::Tensor& weight_any,
+    const at::Tensor& bias_any, double eps) {
+  TORCH_CHECK_VALUE(x_any.dim() == 2 && x_any.is_cpu(), "x must be [rows, width] on the CPU");
+  const at::Tensor x = last_contiguous(x_any), weight = weight_any.contiguous(), bias = bias_any.contiguous();
+  const int64_t width = x.size(1);
+  for (const at::Tensor& parameter : {weight, bias}) {
+    TORCH_CHECK_VALUE(parameter.numel() == width && parameter.scalar_type() == x.scalar_type(), "parameters not like x");
+  }
+  at::Tensor u;
+  if (u_any) {
+    check_like(x, *u_any);
+    u = last_contiguous(*u_any);
+  }
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "layer_norm", [&] {
+    layer_norm<scalar_t>(
+        x.const_data_ptr<scalar_t>(), x.stride(0), u.defined() ? u.const_data_ptr<scalar_t>() : nullptr,
+        u.defined() ? u.stride(0) : 0, weight.const_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(), eps,
+        x.size(0), width, out.data_ptr<scalar_t>());
+  });
+  return out;
+}
+
+// Rows of k and v, [tokens, heads, head_dim], to slots of pages [num_pages, 2, page_size, heads, head_dim].
+void append(
+    const at::Tensor& k, const at::Tensor& v, const at::Tensor& rows, const at::Tensor& pages,
+    const at::Tensor& slots) {
+  TORCH_CHECK_VALUE(pages.dim() == 5 && pages.is_contiguous() && pages.is_cpu(), "pages must be contiguous on the CPU");
+  TORCH_CHECK_VALUE(
+      rows.scalar_type() == at::kLong && slots.scalar_type() == at::kLong && rows.sizes() == slots.sizes(),
+      "rows and slots must be int64");
+  const at::Tensor from = rows.contiguous(), to = slots.contiguous();
+  const int64_t *row = from.const_data_ptr<int64_t>(), *slot = to.const_data_ptr<int64_t>();
+  const int64_t page_size = pages.size(2), count = from.numel();
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_CHECK_VALUE(row[i] >= 0 && row[i] < k.size(0), "no row ", row[i]);
+    TORCH_CHECK_VALUE(slot[i] >= 0 && slot[i] < pages.size(0) * page_size, "no slot ", slot[i]);
+  }
+  for (int64_t kind = 0; kind < 2; ++kind) {
+    const at::Tensor& any = kind ? v : k;
+    TORCH_CHECK_VALUE(
+        any.is_cpu() && any.scalar_type() == pages.scalar_type() && any.sizes().slice(1) == pages.sizes().slice(3),
+        "k and v must be like the pages");
+    // Rows whose heads do not follow each other are copied together first.
+    const at::Tensor source = any.stride(2) == 1 && any.stride(1) == any.size(2) ? any : any.contiguous();
+    const auto bytes = static_cast<int64_t>(any.element_size()) * any.size(1) * any.size(2);
+    const char* data = static_cast<const char*>(source.const_data_ptr());
+    char* target = static_cast<char*>(pages.data_ptr());
+    const int64_t stride = source.stride(0) * static_cast<int64_t>(any.element_size());
+    copy_rows(
+        count, bytes, [&](int64_t i) { return data + row[i] * stride; },
+        [&](int64_t i) {
+          return target + ((slot[i] / page_size * 2 + kind) * page_size + slot[i] % page_size) * bytes;
+        });
+  }
+}
+
+#ifdef HSTU_MATRIX_TILES
+// Multiplies 32 x 256 by 256 x 32 over and over on every thread, from the first-level cache: what the matrix units do
+// where nothing holds them up. Returns the FLOPs.
+int64_t multiply_tiles(int64_t repeats) {
+  constexpr int64_t STEPS = 8;
+  TORCH_CHECK(matrix_tiles_work(), "no matrix units here");
+  const int64_t threads = at::get_num_threads();
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    alignas(64) bf16 operands[4 * STEPS * TILE];
+    alignas(64) float sums[4 * SUM_TILE];
+    for (int64_t i = 0; i < 4 * STEPS * TILE; ++i) operands[i] = static_cast<float>(i % 7 - 3);
+    TileSession session;
+    for (int64_t i = 0; i < repeats * (end - begin); ++i) {
+      const bf16* right = operands + 2 * STEPS * TILE;
+      zero_sums();
+      add_products(STEPS, operands, operands + STEPS * TILE, right, right + STEPS * TILE);
+      store_sums(sums, 2 * SUM_TILE);
+    }
+  });
+  return 2 * 32 * 32 * STEPS * STEP * repeats * threads;
+}
+
+void check_bf16_rows(const at::Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(
+      x.dim() == 2 && x.is_cpu() && x.scalar_type() == at::kBFloat16, name, " must be bf16 [rows, width] on the CPU");
+}
+
+at::Tensor pack_weight(const at::Tensor& weight_any) {
+  check_bf16_rows(weight_any, "weight");
+  const at::Tensor weight = weight_any.contiguous();
+  const PackedWeight shape{weight.size(0), weight.size(1)};
+  at::Tensor packed = at::empty({shape.size()}, weight.options());
+  shape.pack(weight.const_data_ptr<bf16>(), packed.data_ptr<bf16>());
+  return packed;
+}
+
+template <typename finish_t>
+at::Tensor run_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_t out_width, const finish_t& finish) {
+  check_bf16_rows(x_any, "x");
+  const at::Tensor x = last_contiguous(x_any);
+  const PackedWeight weight{out_width, x.size(1)};
+  TORCH_CHECK_VALUE(
+      packed.numel() == weight.size() && packed.scalar_type() == at::kBFloat16, "the weight is packed for other widths");
+  at::Tensor y = at::empty({x.size(0), out_width}, x.options());
+  if (y.numel()) {
+    linear(
+        x.const_data_ptr<bf16>(), x.stride(0), x.size(0), packed.const_data_ptr<bf16>(), weight, y.data_ptr<bf16>(),
+        finish);
+  }
+  return y;
+}
+
+at::Tensor linear_silu(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias_any) {
+  TORCH_CHECK_VALUE(bias_any.dim() == 1 && bias_any.scalar_type() == at::kBFloat16, "bias must be bf16 [out]");
+  const at::Tensor bias = bias_any.contiguous();
+  return run_linear(x, packed, bias.size(0), BiasSilu{bias.const_data_ptr<bf16>()});
+}
+
+at::Tensor linear_residual(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& residual_any) {
+  check_bf16_rows(residual_any, "residual");
+  TORCH_CHECK_VALUE(residual_any.size(0) == x.size(0), "residual must have as many rows as x");
+  const at::Tensor residual = last_contiguous(residual_any);
+  return run_linear(
+      x, packed, residual.size(1), AddResidual{residual.const_data_ptr<bf16>(), residual.stride(0)});
+}
+#endif
+
 }  // namespace hstu
 
 TORCH_LIBRARY(hstu_native, library) {
   library.def(
       "attention(Tensor q, Tensor k, Tensor v, int[] offsets, int[] num_candidates, Tensor? pages, int[] page_indptr, "
       "int[] page_ids, int[] cached_lengths, float alpha, int scaling_seqlen) -> Tensor");
+  library.def("append(Tensor k, Tensor v, Tensor rows, Tensor(a!) pages, Tensor slots) -> ()");
+  library.def("layer_norm(Tensor x, Tensor? u, Tensor weight, Tensor bias, float eps) -> Tensor");
   library.def("has_bf16_tiles() -> bool", &hstu::has_bf16_tiles);
+#ifdef HSTU_MATRIX_TILES
+  library.def("pack_weight(Tensor weight) -> Tensor");
+  library.def("linear_silu(Tensor x, Tensor packed, Tensor bias) -> Tensor");
+  library.def("linear_residual(Tensor x, Tensor packed, Tensor residual) -> Tensor");
+  library.def("multiply_tiles(int repeats) -> int", &hstu::multiply_tiles);
+#endif
 }
 
-TORCH_LIBRARY_IMPL(hstu_native, CPU, library) { library.impl("attention", &hstu::paged_attention); }
+TORCH_LIBRARY_IMPL(hstu_native, CPU, library) {
+  library.impl("attention", &hstu::paged_attention);
+  library.impl("append", &hstu::append);
+  library.impl("layer_norm", &hstu::norm);
+#ifdef HSTU_MATRIX_TILES
+  library.impl("pack_weight", &hstu::pack_weight);
+  library.impl("linear_silu", &hstu::linear_silu);
+  library.impl("linear_residual", &hstu::linear_residual);
+#endif
+}

@@ -1,0 +1,176 @@
+// Linear layers in matrix units: y = f(x W') of bf16, with the bias and SiLU or the residual added to the sums.
+#pragma once
+
+#include "matrix_tiles.h"
+
+#ifdef HSTU_MATRIX_TILES
+
+#include <ATen/Parallel.h>
+
+#include <atomic>
+
+namespace hstu {
+
+// A weight [out, in] as right operands: [out / 32][in / 256][2][8 steps] tiles, in the order in which they are used.
+// The last of the depth's chunks may be shorter; zeros fill up both dimensions.
+struct PackedWeight {
+  static constexpr int64_t COLUMNS = 32, DEPTH_STEPS = 8;
+
+  int64_t out, in;
+
+  int64_t steps() const { return (in + STEP - 1) / STEP; }
+  int64_t blocks() const { return (out + COLUMNS - 1) / COLUMNS; }
+  int64_t block_size() const { return 2 * steps() * TILE; }
+  int64_t size() const { return blocks() * block_size(); }
+
+  void pack(const bf16* weight, bf16* packed) const {
+    at::parallel_for(0, blocks(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t half = 2 * begin; half < 2 * end; ++half) {  // 16 columns
+        for (int64_t step = 0; step < steps(); ++step) {
+          const int64_t chunk = step / DEPTH_STEPS, chunk_steps = std::min(DEPTH_STEPS, steps() - chunk * DEPTH_STEPS);
+          bf16* tile = packed + half / 2 * block_size() + 2 * chunk * DEPTH_STEPS * TILE +
+                       (half % 2 * chunk_steps + step % DEPTH_STEPS) * TILE;
+          const int64_t columns = std::clamp<int64_t>(out - half * 16, 0, 16), channel = step * STEP;
+          load_transposed(
+              [&](int64_t i) { return weight + (half * 16 + i) * in + channel; }, columns,
+              std::min(STEP, in - channel), tile);
+        }
+      }
+    });
+  }
+};
+
+inline __m512 load_as_float(const bf16* x, __mmask16 exist) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exist, x)), 16));
+}
+
+// What becomes of 16 sums of a row from `column` on, of which those in `exist` are results.
+struct BiasSilu {
+  const bf16* bias;
+
+  __m512 operator()(__m512 sums, int64_t /*row*/, int64_t column, __mmask16 exist) const {
+    return silu_for_bf16(_mm512_add_ps(sums, load_as_float(bias + column, exist)), _mm512_set1_ps(-1.44269504f));
+  }
+};
+
+struct AddResidual {
+  const bf16* residual;
+  int64_t stride;
+
+  __m512 operator()(__m512 sums, int64_t row, int64_t column, __mmask16 exist) const {
+    return _mm512_add_ps(sums, load_as_float(residual + row * stride + column, exist));
+  }
+};
+
+// Multiplies groups of rows, brought into tiles once, with blocks of 32 columns.
+class LinearWorker {
+ public:
+  LinearWorker(
+      const bf16* x, int64_t x_stride, int64_t rows, const bf16* packed, const PackedWeight& weight, bf16* y,
+      int64_t group_rows)
+      : x_(x), x_stride_(x_stride), rows_(rows), packed_(packed), weight_(weight), y_(y), group_rows_(group_rows) {
+    Carver sizes;
+    carve(sizes);
+    Carver carver(scratch(sizes.used()));
+    carve(carver);
+  }
+
+  template <typename finish_t>
+  void run(int64_t row_begin, int64_t block_begin, int64_t block_end, const finish_t& finish) {
+    if (row_begin != loaded_) load(row_begin);
+    const int64_t count = std::min(group_rows_, rows_ - row_begin), steps = weight_.steps();
+    for (int64_t block = block_begin; block < block_end; ++block) {
+      for (int64_t step = 0; step < steps; step += PackedWeight::DEPTH_STEPS) {
+        const int64_t depth = std::min(PackedWeight::DEPTH_STEPS, steps - step);
+        const bf16* right = packed_ + block * weight_.block_size() + 2 * step * TILE;
+        for (int64_t row = 0; row < count; row += 32) {
+          const bf16* left = tiles_ + row * steps * STEP + 2 * step * TILE;
+          float* sums = sums_ + row * PackedWeight::COLUMNS;
+          if (step == 0) {
+            zero_sums();
+          } else {
+            load_sums(sums, 2 * SUM_TILE);
+          }
+          add_products(depth, left, left + depth * TILE, right, right + depth * TILE);
+          store_sums(sums, 2 * SUM_TILE);
+          if (step + depth == steps) {
+            store(row_begin + row, std::min<int64_t>(32, count - row), block * PackedWeight::COLUMNS, sums, finish);
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  void carve(Carver& carver) {
+    carver.take(tiles_, group_rows_ * weight_.steps() * STEP);
+    carver.take(sums_, group_rows_ * PackedWeight::COLUMNS);
+  }
+
+  // Rows as left operands: [rows / 32][depth chunk][2][steps of the chunk].
+  void load(int64_t row_begin) {
+    const int64_t count = std::min(group_rows_, rows_ - row_begin), steps = weight_.steps();
+    for (int64_t i = 0; i < round_up(count, 32); ++i) {
+      const bf16* row = x_ + (row_begin + i) * x_stride_;
+      for (int64_t step = 0; step < steps; ++step) {
+        const int64_t chunk = step / PackedWeight::DEPTH_STEPS * PackedWeight::DEPTH_STEPS;
+        const int64_t depth = std::min(PackedWeight::DEPTH_STEPS, steps - chunk);
+        bf16* tile = tiles_ + i / 32 * 32 * steps * STEP + 2 * chunk * TILE +
+                     (i % 32 / 16 * depth + step - chunk) * TILE + i % 16 * STEP;
+        _mm512_store_si512(
+            tile, i < count ? load_channels(row, step * STEP, weight_.in) : _mm512_setzero_si512());
+      }
+    }
+    loaded_ = row_begin;
+  }
+
+  template <typename finish_t>
+  void store(int64_t row, int64_t count, int64_t column, const float* sums, const finish_t& finish) {
+    const int64_t left = weight_.out - column;
+    const auto exist = static_cast<__mmask32>(left >= 32 ? 0xffffffff : (1u << left) - 1);
+    for (int64_t i = 0; i < count; ++i) {
+      const float* tile = sums + i / 16 * 2 * SUM_TILE + i % 16 * 16;
+      const __m512 low = finish(_mm512_load_ps(tile), row + i, column, static_cast<__mmask16>(exist));
+      const __m512 high =
+          finish(_mm512_load_ps(tile + SUM_TILE), row + i, column + 16, static_cast<__mmask16>(exist >> 16));
+      const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+      _mm512_mask_storeu_epi16(y_ + (row + i) * weight_.out + column, exist, both);
+    }
+  }
+
+  const bf16* x_;
+  int64_t x_stride_, rows_;
+  const bf16* packed_;
+  const PackedWeight& weight_;
+  bf16* y_;
+  int64_t group_rows_, loaded_ = -1;
+  bf16* tiles_;
+  float* sums_;
+  TileSession session_;
+};
+
+// y [rows, out] = finish(x W'); x [rows, in] with contiguous rows `x_stride` apart.
+template <typename finish_t>
+void linear(
+    const bf16* x, int64_t x_stride, int64_t rows, const bf16* packed, const PackedWeight& weight, bf16* y,
+    const finish_t& finish) {
+  constexpr int64_t GROUP_ROWS = 512, TASKS_PER_THREAD = 8;
+  const int64_t groups = (rows + GROUP_ROWS - 1) / GROUP_ROWS, group_rows = round_up((rows + groups - 1) / groups, 32);
+  const int64_t threads = at::get_num_threads();
+  const int64_t parts = std::clamp<int64_t>((TASKS_PER_THREAD * threads + groups - 1) / groups, 1, weight.blocks());
+  const int64_t part_blocks = (weight.blocks() + parts - 1) / parts;
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) {
+      LinearWorker worker(x, x_stride, rows, packed, weight, y, group_rows);
+      for (int64_t i = next++; i < groups * parts; i = next++) {
+        const int64_t first = i % parts * part_blocks;
+        worker.run(i / parts * group_rows, first, std::min(first + part_blocks, weight.blocks()), finish);
+      }
+    }
+  });
+}
+
+}  // namespace hstu
+
+#endif

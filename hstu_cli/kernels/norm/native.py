@@ -1,0 +1,15 @@
+"""The layer norms by the C++ operators, which must be loaded: `choose_impl` sees to it."""
+
+import torch
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """See `hstu_cli.kernels.norm.layer_norm`; no gradients."""
+    return torch.ops.hstu_native.layer_norm(x, None, weight, bias, eps)
+
+
+def layer_norm_mul(
+    x: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """See `hstu_cli.kernels.norm.layer_norm_mul`; rounds to a narrow dtype once, no gradients."""
+    return torch.ops.hstu_native.layer_norm(x, u, weight, bias, eps)
