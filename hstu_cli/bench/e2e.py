@@ -148,7 +148,7 @@ def run_e2e_benchmark(
     preset: whose published figures to add.
     """
     model = benchmark_model(config, seed)
-    exact = InferenceEngine(copy.deepcopy(model).to(wider(session.dtype)), impl)
+    exact = InferenceEngine(copy.deepcopy(model).to(wider(session.dtype)), exact_impl(impl))
     model = model.to(session.backend.device, session.dtype)
     lookups = {embedding: make_lookup(embedding, model) for embedding in embeddings}
     for done, workload in enumerate(workloads):
