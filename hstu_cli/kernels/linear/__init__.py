@@ -3,6 +3,7 @@
 import torch
 
 from hstu_cli.kernels.dispatch import choose_impl_for
+from hstu_cli.kernels.inputs import check_alike
 
 
 def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
@@ -45,5 +46,4 @@ def _check(x: torch.Tensor, weight: torch.Tensor, name: str, added: torch.Tensor
         raise ValueError(f"x must be [rows, in] and weight [out, in], not {list(x.shape)} and {list(weight.shape)}")
     if added.shape != torch.Size(shape):
         raise ValueError(f"{name} must be {list(shape)}, not {list(added.shape)}")
-    if any(tensor.dtype != x.dtype or tensor.device != x.device for tensor in (weight, added)):
-        raise ValueError(f"weight and {name} must be {x.dtype} on {x.device} like x")
+    check_alike(f"weight and {name}", x, weight, added)

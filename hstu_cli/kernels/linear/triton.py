@@ -1,6 +1,6 @@
 """The linear layers in Triton: a tiled product whose tiles get their SiLU or residual before they are stored.
 
-There are three variants, between which tuning chooses for each shape: `tiles`; `split`, for few rows, where several
+There are three variants, between which tuning chooses for each shape: `tiles`; `split`, for fewer rows, where several
 programs share a tile's sums and a second kernel adds them in a fixed order; and `library`, torch's own product.
 """
 
@@ -18,8 +18,8 @@ from hstu_cli.kernels.triton.arguments import row_major, sum_dtype, type_name
 from hstu_cli.kernels.triton.chips import chip_of
 from hstu_cli.kernels.triton.tuning import LaunchConfig, bucket, choose_config
 
-FEW_ROWS = 128
-"""So many rows are one tile high, and there are too few tiles to fill a GPU."""
+FEW_ROWS, SOME_ROWS = 128, 1024
+"""Up to the first, rows are one tile high; up to the second, large tiles are too few to fill a GPU."""
 
 LIBRARY = LaunchConfig.of(variant="library", num_warps=4)
 FINISH = {"BLOCK": 1024, "num_warps": 4}
@@ -50,6 +50,10 @@ _MANY_ROWS = {
     100: (_tiles(128, 256, 64, 8, 3), _tiles(128, 128, 64, 4, 4), _tiles(128, 64, 64, 4, 4), _tiles(64, 128, 64, 4, 4)),
 }
 _MANY_ROWS[120] = _MANY_ROWS[89]  # as much shared memory, and the same kind of matrix instructions
+_SOME_ROWS = (
+    *(_tiles(64, 128, 64, 4, 4), _tiles(64, 64, 64, 4, 4), _tiles(128, 128, 64, 8, 3)),
+    *(_tiles(64, 128, 64, 4, 4, splits=2), _tiles(64, 128, 64, 4, 4, splits=4), LIBRARY),
+)
 
 
 @functools.cache
@@ -62,8 +66,10 @@ def launch_configs(chip: int, num_rows: int, dtype: torch.dtype) -> tuple[Launch
         return (LIBRARY,)
     if dtype == torch.float32:
         return LIBRARY, _tiles(64, 64, 32, 4, 2)
-    if num_rows > FEW_ROWS:
+    if num_rows > SOME_ROWS:
         return (*_MANY_ROWS[chip], LIBRARY)
+    if num_rows > FEW_ROWS:
+        return _SOME_ROWS
     m = max(num_rows, 16)
     k = 128 if m <= 64 else 64
     whole = _tiles(m, 32, k, 4, 3), _tiles(m, 64, k, 4, 3)
@@ -192,7 +198,7 @@ def aot_specs(chip: int) -> list[AotSpec]:
     """Every configuration, for both layers of a model of width 1024; see `AotSpec`."""
     specs = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        choices = (config for rows in (16, 32, 64, 128, 4096) for config in launch_configs(chip, rows, dtype))
+        choices = (config for rows in (16, 32, 64, 128, 256, 4096) for config in launch_configs(chip, rows, dtype))
         for config in dict.fromkeys(choices):
             specs += _specs("linear_silu", config, dtype, {"OUT": 4096, "SILU": True})
             specs += _specs("linear_residual", config, dtype, {"OUT": 1024, "SILU": False})

@@ -3,6 +3,7 @@
 import torch
 
 from hstu_cli.kernels.dispatch import choose_impl_for
+from hstu_cli.kernels.inputs import check_alike
 
 
 def layer_norm(
@@ -43,5 +44,4 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, u: torch.T
         raise ValueError(f"x must be [rows, width], weight and bias [width], not {shapes}")
     if u.shape != x.shape:
         raise ValueError(f"u must be {list(x.shape)} like x, not {list(u.shape)}")
-    if any(tensor.dtype != x.dtype or tensor.device != x.device for tensor in (u, weight, bias)):
-        raise ValueError(f"all inputs must be {x.dtype} on {x.device} like x")
+    check_alike("u, weight and bias", x, u, weight, bias)
