@@ -21,6 +21,7 @@ from hstu_cli.bench.session import (
 )
 from hstu_cli.config import ModelConfig
 from hstu_cli.errors import UsageError
+from hstu_cli.kernels.dispatch import exact_impl
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
 from hstu_cli.model.cost import SequenceShape, activation_bytes, block_bytes, block_flops, block_parameters
 from hstu_cli.model.engine import InferenceEngine

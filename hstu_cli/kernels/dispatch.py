@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from hstu_cli.errors import UnavailableError, UsageError
+from hstu_cli.kernels.inputs import casts
 from hstu_cli.kernels.native.build import native_state
 from hstu_cli.kernels.triton.state import is_interpreting, triton_state
 
@@ -49,8 +50,13 @@ def choose_impl_for(requested: str, *tensors: torch.Tensor) -> str:
     """
     device_type = tensors[0].device.type
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if requested == AUTO and (needs_gradient or (device_type == "cuda" and tensors[0].dtype == torch.float64)):
+    autocast = casts(device_type)
+    if requested == AUTO and (
+        needs_gradient or autocast or (device_type == "cuda" and tensors[0].dtype == torch.float64)
+    ):
         return "blocked"  # which has gradients, and every dtype
+    if autocast and requested in WITHOUT_GRADIENTS:
+        raise ValueError(f"impl={requested!r} does not follow torch.autocast; use 'auto' or 'blocked' within it")
     if needs_gradient and requested in WITHOUT_GRADIENTS:
         raise ValueError(
             f"impl={requested!r} computes no gradients; use 'auto' or 'blocked', or run under torch.no_grad()"

@@ -14,13 +14,14 @@ from hstu_cli.kernels.attention.plan import BatchPlan
 from hstu_cli.kernels.attention.triton_kernel import hstu_attention_kernel, hstu_attention_sum_kernel
 from hstu_cli.kernels.paged_attention.plan import PagePlan
 from hstu_cli.kernels.triton.aot import AotSpec
+from hstu_cli.kernels.triton.arguments import row_major, type_name
 from hstu_cli.kernels.triton.chips import chip_of
 from hstu_cli.kernels.triton.state import is_interpreting
 from hstu_cli.kernels.triton.tuning import LaunchConfig, bucket, choose_config
 
 # Shapes: T tokens, B sequences, H heads, d head_dim, M = BLOCK_M rows, N = BLOCK_N keys, S splits of the keys.
 
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 LARGEST_HEAD_DIM = 256
 
@@ -31,7 +32,7 @@ SMALL_BATCH = 32
 """Sequences up to which a program looks its own up in one short load."""
 
 SPLIT_BLOCKS, MOST_SPLITS = 4, 16
-"""A split has at least so many blocks of keys; and so many share the keys of a row at most, each with sums of its own."""
+"""A split has at least so many blocks of keys; so many splits share the keys of a row at most, as each adds traffic."""
 
 REDUCED_ELEMENTS = 1024
 """Elements of the output for each program that adds the splits."""
@@ -110,7 +111,7 @@ class _Call:
         plan, page_plan = self.plan, self.page_plan
         sizes = (plan.num_sequences, plan.num_tokens, plan.max_new_tokens)
         cached = (bucket(page_plan.max_cached_tokens), page_plan.page_size) if page_plan is not None else ()
-        return (DTYPES[self.q.dtype], *self.q.shape[1:], *map(bucket, sizes), *cached)
+        return (type_name(self.q.dtype), *self.q.shape[1:], *map(bucket, sizes), *cached)
 
 
 def attention(
@@ -136,15 +137,15 @@ def launch(
     A tensor whose last dimension is not contiguous is copied first.
     """
     if q.dtype not in DTYPES:
-        names = ", ".join(DTYPES.values())
+        names = ", ".join(map(str, DTYPES))
         raise ValueError(f"impl='triton' computes in {names}, not in {q.dtype}; use another implementation")
     if q.shape[2] > LARGEST_HEAD_DIM:
         raise ValueError(f"impl='triton' takes head dims up to {LARGEST_HEAD_DIM}, not {q.shape[2]}")
     if not q.numel():
         return torch.empty_like(q, memory_format=torch.contiguous_format)
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    if pages is not None and pages.stride(4) != 1:
-        pages = pages.contiguous()
+    q, k, v = row_major(q), row_major(k), row_major(v)
+    if pages is not None:
+        pages = row_major(pages)
     backend = backend_of(q.device)
     call = _Call(q, k, v, plan, pages, page_plan, alpha, scaling_seqlen, backend.num_multiprocessors)
     with backend.as_current():
@@ -204,9 +205,9 @@ HALF_CONFIGS = {
 """For bf16 and fp16: BLOCK_M, BLOCK_N, num_warps, num_stages by chip and head_dim, rounded up."""
 
 FP32_CONFIGS = {
-    64: ((64, 32, 4, 1), (32, 32, 4, 1)),
-    128: ((32, 32, 4, 1), (32, 64, 8, 1)),
-    256: ((32, 32, 8, 1), (32, 16, 4, 1)),
+    64: ((64, 32, 8, 1),),
+    128: ((64, 32, 8, 1), (32, 32, 8, 1)),
+    256: ((32, 32, 8, 1), (32, 16, 8, 1)),
 }
 """For fp32, which is multiplied without matrix units: the same for all chips."""
 
@@ -235,11 +236,11 @@ def kernel_specs(chip: int, page_size: int) -> list[AotSpec]:
     return [
         AotSpec(
             kernel=hstu_attention_kernel,
-            signature=_signature(DTYPES[dtype], split),
+            signature=_signature(type_name(dtype), split),
             constexprs=constants(dtype, 4, head_dim, page_size, split, num_sequences=1) | dict(config.blocks),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            label=f"{DTYPES[dtype]} d={head_dim}{' split' * split}{' pages' * (page_size > 0)} {config.label}",
+            label=f"{type_name(dtype)} d={head_dim}{' split' * split}{' pages' * (page_size > 0)} {config.label}",
             aligned=STRIDES,
         )
         for dtype in (torch.bfloat16, torch.float32)

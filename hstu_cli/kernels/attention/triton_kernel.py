@@ -27,7 +27,7 @@ def _silu(scores, half_alpha, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def _load_rows(rows, seen, column, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile [R, COLUMNS], of which `rows` [R, 1] points at column 0; zeros where `seen` [R, 1] is not (None: all is)."""
+    """A tile [R, COLUMNS]: `rows` [R, 1] points at column 0; zeros where `seen` [R, 1] is false (None: nowhere)."""
     if HEAD_DIM % COLUMNS == 0:  # no tile has columns beyond the head
         if seen is None:
             tile = tl.load(rows + column[None, :])
@@ -114,7 +114,7 @@ def hstu_attention_kernel(
     """One tile of BLOCK_M rows of one head over one split of its keys; see `hstu_attention` for the tensors."""
     pid = tl.program_id(0)
     split = pid % num_splits
-    head = pid // num_splits % NUM_HEADS
+    head = (pid // num_splits % NUM_HEADS).to(tl.int64)
     tile = pid // (num_splits * NUM_HEADS)
 
     # Tiles are numbered so that those of sequence b begin at seq_offsets[b] // M + b: enough for any alignment, and it
@@ -141,7 +141,7 @@ def hstu_attention_kernel(
     row = first + m  # [M, 1]
     in_rows = row < length
     start = start.to(tl.int64)
-    q_rows = q_ptr + (start + first) * q_token + head * q_head + m * q_token
+    q_rows = q_ptr + (start + row) * q_token + head * q_head
     q = _load_rows(q_rows, in_rows, column, HEAD_DIM, PADDED_DIM)
     acc = tl.zeros((BLOCK_M, PADDED_DIM), tl.float32)
 
@@ -189,8 +189,8 @@ def hstu_attention_kernel(
     begin = tl.maximum(begin - cached_blocks, 0)
     end = tl.maximum(end - cached_blocks, 0)
     full_blocks = tl.minimum(first + 1, num_history) // BLOCK_N  # that all of the rows see whole
-    k_rows = k_ptr + start * k_token + head * k_head + n * k_token
-    v_rows = v_ptr + start * v_token + head * v_head + n * v_token
+    k_rows = k_ptr + (start + n) * k_token + head * k_head
+    v_rows = v_ptr + (start + n) * v_token + head * v_head
     for block in range(begin, tl.minimum(end, full_blocks)):
         offset = tl.cast(block, tl.int64) * BLOCK_N
         scores = _scores(
@@ -210,12 +210,12 @@ def hstu_attention_kernel(
         weights = _silu(tl.where(tl.trans(key) < limit, scores, 0.0), half_alpha, APPROXIMATE).to(v.dtype)
         acc = tl.dot(weights, v, acc, input_precision="ieee")
 
-    out_row = start + first
+    out_row = start + row
     if SPLIT:
         out_row += split.to(tl.int64) * num_tokens
     else:
         acc *= scale
-    out_rows = out_ptr + (out_row * NUM_HEADS + head) * HEAD_DIM + m * (NUM_HEADS * HEAD_DIM)
+    out_rows = out_ptr + (out_row * NUM_HEADS + head) * HEAD_DIM
     in_out = in_rows & (column < HEAD_DIM)[None, :]
     tl.store(out_rows + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=in_out)
 
