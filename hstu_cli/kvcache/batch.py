@@ -136,7 +136,9 @@ class PagedAttention:
             job.wait_layer(layer)
         pages = self.storage.pages[layer]
         if len(self.new_rows):
-            append_to_pages(k, v, self.new_rows, pages, self.new_slots, impl=self.impl)
+            append_to_pages(
+                k, v, self.new_rows, pages, self.new_slots, impl="native" if self.impl == "native" else "torch"
+            )
         return paged_attention(
             q,
             k,
