@@ -126,6 +126,11 @@ class Backend:
         """Generation of an NVIDIA GPU, such as (9, 0); None for other devices."""
         return None
 
+    @property
+    def num_multiprocessors(self) -> int:
+        """Multiprocessors of an NVIDIA GPU; 1 for other devices."""
+        return 1
+
     def is_capturing(self) -> bool:
         """Whether queued work is being captured into a graph instead of run."""
         return False
@@ -285,6 +290,11 @@ class CudaBackend(StreamBackend):
     def compute_capability(self) -> tuple[int, int]:
         """See `Backend`."""
         return torch.cuda.get_device_capability(self.device)
+
+    @property
+    def num_multiprocessors(self) -> int:
+        """See `Backend`."""
+        return torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def is_capturing(self) -> bool:
         """See `Backend`."""
