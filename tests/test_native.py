@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.cli import failure_of, record_of
 from test_attention import oracle, run
 from test_paged_attention import oracle as paged_oracle
@@ -73,6 +75,31 @@ def test_scores_far_from_zero(dtype: torch.dtype) -> None:
     expected, bound = oracle(inputs)
     output = run(inputs, "native")
     assert ((output.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.native
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_batch_over_pages(data: st.DataObject) -> None:
+    sequence = st.tuples(st.integers(0, 700), st.integers(0, 40), st.floats(0, 1))
+    sequences = data.draw(st.lists(sequence, min_size=1, max_size=4), "history, candidates, share that is cached")
+    whole = AttentionCase(
+        tuple(history for history, _, _ in sequences),
+        tuple(candidates for _, candidates, _ in sequences),
+        num_heads=data.draw(st.sampled_from([1, 2, 5, 18]), "heads"),
+        head_dim=data.draw(st.sampled_from([16, 40, 64]), "head_dim"),
+    )
+    case = PagedCase(whole, tuple(int(history * share) for history, _, share in sequences), 16)
+    inputs = make_paged_inputs(case, data.draw(st.sampled_from(DTYPES), "dtype"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(data.draw(st.integers(1, 3), "threads"))
+    try:
+        output = run_paged(inputs, "native")
+    finally:
+        torch.set_num_threads(before)
+    expected, bound = oracle(inputs.whole)
+    error = (output.double() - expected[inputs.new_rows]).abs()
+    assert (error <= bound[inputs.new_rows]).all()
 
 
 @pytest.mark.native
