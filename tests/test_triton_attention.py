@@ -140,8 +140,12 @@ def test_every_page_size(page_size: int, dtype: torch.dtype) -> None:
             assert_paged_right(inputs, run_paged(inputs))
 
 
-@pytest.mark.parametrize("num_sequences", [33, 530])
-def test_sequences_are_found_in_large_batches(num_sequences: int) -> None:
+@pytest.mark.parametrize("num_sequences", [2, 3, 32, 33, 70])
+def test_sequences_are_found_in_large_batches(num_sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one short look at the offsets, or in several of 32."""
+    from hstu_cli.kernels.attention import triton
+
+    monkeypatch.setattr(triton, "SMALL_BATCH", 2)
     generator = torch.Generator().manual_seed(num_sequences)
     history, candidates = torch.randint(0, 4, (2, num_sequences), generator=generator).tolist()
     case = AttentionCase(tuple(history), tuple(candidates), num_heads=1, head_dim=16)
@@ -273,19 +277,25 @@ def test_there_are_choices_for_every_chip(chip: int) -> None:
 
 
 def test_keys_are_split_where_rows_are_few() -> None:
-    from hstu_cli.kernels.attention.triton import MOST_SPLITS, _Call
+    from hstu_cli.kernels.attention.triton import MORE_SPLITS, MOST_SPLITS, _Call
 
-    def splits(num_sequences: int, new: int, cached: int) -> int:
+    def splits(num_sequences: int, new: int, cached: int, variant: str = "") -> int:
         plan = plan_batch(torch.arange(num_sequences + 1) * new, None, num_sequences * new, "meta")
-        q = torch.empty(num_sequences * new, 4, 256, device="meta")
+        q = torch.empty(num_sequences * new, 4, 256, dtype=torch.bfloat16, device="meta")
         page_plan = plan_pages(
             torch.arange(num_sequences + 1) * (cached // 32), torch.zeros(num_sequences * cached // 32).long(),
             torch.full((num_sequences,), cached), num_sequences=num_sequences, num_pages=1, page_size=32, device="meta",
         )  # fmt: skip
-        return _Call(q, q, q, plan, None, page_plan, 1.0, 1, 132).num_splits(blocks(64, 64))
+        call = _Call(q, q, q, plan, None, page_plan, 1.0, 1, 132)
+        tried = {config.variant for config in call.choices(90)}
+        assert tried == ({"", MORE_SPLITS} if num_sequences * new < 16_000 else {""})
+        return call.num_splits(dataclasses.replace(blocks(64, 64), variant=variant))
 
     assert splits(1, 128, 3968) == MOST_SPLITS
     assert splits(8, 128, 3968) == 2
+    assert splits(8, 128, 3968, MORE_SPLITS) == 4
+    assert splits(1, 4352, 0) == 1
+    assert splits(1, 4352, 0, MORE_SPLITS) == 2
     assert splits(1, 128, 256) == 1
     assert splits(32, 4096, 0) == 1
 
