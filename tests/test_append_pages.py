@@ -74,7 +74,7 @@ def test_many_rows_on_many_threads() -> None:
 @pytest.mark.parametrize(("row", "slot"), [(5, 0), (-1, 0), (0, 32), (0, -1)])
 def test_native_writes_nothing_outside(row: int, slot: int) -> None:
     k, pages = torch.zeros(5, 2, 8), torch.ones(2, 2, 16, 2, 8)
-    with pytest.raises(ValueError, match="no (row|slot) "):
+    with pytest.raises(ValueError, match=r"no (row|slot) "):
         append_to_pages(k, k, torch.tensor([0, row]), pages, torch.tensor([1, slot]), impl="native")
     assert (pages == 1).all()
 
