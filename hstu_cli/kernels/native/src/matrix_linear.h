@@ -83,6 +83,7 @@ class LinearWorker {
       for (int64_t step = 0; step < steps; step += PackedWeight::DEPTH_STEPS) {
         const int64_t depth = std::min(PackedWeight::DEPTH_STEPS, steps - step);
         const bf16* right = packed_ + block * weight_.block_size() + 2 * step * TILE;
+        const bf16* next = right + 2 * depth * TILE;  // what is multiplied next, a line at a time
         for (int64_t row = 0; row < count; row += 32) {
           const bf16* left = tiles_ + row * steps * STEP + 2 * step * TILE;
           float* sums = sums_ + row * PackedWeight::COLUMNS;
@@ -91,7 +92,10 @@ class LinearWorker {
           } else {
             load_sums(sums, 2 * SUM_TILE);
           }
-          add_products(depth, left, left + depth * TILE, right, right + depth * TILE);
+          add_products(depth, left, left + depth * TILE, right, right + depth * TILE, [&](int64_t) {
+            _mm_prefetch(next, _MM_HINT_T0);
+            next += STEP;
+          });
           store_sums(sums, 2 * SUM_TILE);
           if (step + depth == steps) {
             store(row_begin + row, std::min<int64_t>(32, count - row), block * PackedWeight::COLUMNS, sums, finish);
