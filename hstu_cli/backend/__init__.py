@@ -1,0 +1,25 @@
+"""Devices behind one interface: what there is, why something is not, and what to wait for.
+
+Only this package names `torch.cuda` and `torch.npu`.
+"""
+
+from hstu_cli.backend.base import Backend, Event, Graph, GraphPool, WallTimer, upload
+from hstu_cli.backend.choice import BACKENDS, DTYPES, DeviceChoice, open_device, resolve_dtype
+from hstu_cli.backend.streams import CudaBackend, NpuBackend, StreamBackend
+
+__all__ = [
+    "BACKENDS",
+    "DTYPES",
+    "Backend",
+    "CudaBackend",
+    "DeviceChoice",
+    "Event",
+    "Graph",
+    "GraphPool",
+    "NpuBackend",
+    "StreamBackend",
+    "WallTimer",
+    "open_device",
+    "resolve_dtype",
+    "upload",
+]
