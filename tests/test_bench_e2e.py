@@ -56,8 +56,8 @@ def test_the_cache_is_used_and_begins_empty_in_every_round(monkeypatch: pytest.M
 
 
 def test_a_wrong_cached_score_invalidates_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cache_batch.hstu_paged_attention
-    monkeypatch.setattr(cache_batch, "hstu_paged_attention", lambda *a, **k: right(*a, **k).flip(-1))
+    right = cache_batch.paged_attention
+    monkeypatch.setattr(cache_batch, "paged_attention", lambda *a, **k: right(*a, **k).flip(-1))
     result = invoke(*SMALL, "--num-users", "1", "--format", "json")
     assert result.exit_code == 1
     record = json.loads(result.stdout)

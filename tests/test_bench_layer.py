@@ -77,8 +77,8 @@ def test_half_precision_has_a_budget_of_its_own() -> None:
 
 @pytest.mark.parametrize("spoil", [lambda o: o * 1.5, lambda o: o * float("nan")], ids=["wrong", "nan"])
 def test_a_wrong_output_invalidates_the_run(spoil, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cache_batch.hstu_paged_attention
-    monkeypatch.setattr(cache_batch, "hstu_paged_attention", lambda *a, **k: spoil(right(*a, **k)))
+    right = cache_batch.paged_attention
+    monkeypatch.setattr(cache_batch, "paged_attention", lambda *a, **k: spoil(right(*a, **k)))
     result = invoke(
         *SMALL, "--history", "48", "--cached", "1/2", "--candidates", "5", "--batch-size", "1", "--format", "json"
     )
@@ -90,7 +90,7 @@ def test_a_wrong_output_invalidates_the_run(spoil, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_uncached_output_that_rounding_cannot_explain_invalidates_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "hstu_attention", lambda q, *rest, **named: torch.randn_like(q))
+    monkeypatch.setattr(layer, "jagged_attention", lambda q, *rest, **named: torch.randn_like(q))
     result = invoke(*SMALL, *ONE, "--cached", "0", "--format", "json")
     assert result.exit_code == 1
     assert "uncached: output error" in json.loads(result.stdout)["reasons"][0]

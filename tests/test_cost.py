@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hstu_cli.bench.e2e import GrowingUsers
 from hstu_cli.config import MODEL_PRESETS
-from hstu_cli.kernels import hstu_attention
+from hstu_cli.kernels import hstu_attention, plan_batch
 from hstu_cli.kernels.attention.reference import attention_mask
 from hstu_cli.model.cost import (
     SequenceShape,
@@ -66,7 +66,7 @@ def test_the_whole_block_is_its_linear_layers_and_its_attention() -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         HSTUBlock(TINY)(
             torch.randn(sum(lengths), TINY.hidden_dim),
-            JaggedAttention(TINY, offsets, torch.tensor(candidates), "reference"),
+            JaggedAttention(TINY, plan_batch(offsets, torch.tensor(candidates), sum(lengths), "cpu"), "reference"),
         )
     shapes = [SequenceShape(n - c, 0, c) for n, c in zip(lengths, candidates, strict=True)]
     unseen = sum(n * n for n in lengths) - sum(shape.num_pairs for shape in shapes)

@@ -11,6 +11,7 @@ from support.cache_model import CacheModel
 from support.deferred import CopyFailedError, DeferredBackend
 
 from hstu_cli.config import ModelConfig
+from hstu_cli.kernels import plan_batch
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
 from hstu_cli.kvcache.batch import CacheBatch
 from hstu_cli.kvcache.fingerprint import HistoryFingerprint
@@ -70,9 +71,9 @@ class CacheMachine(RuleBasedStateMachine):
         expected = [self.values(user) for user in users]
         new = [values[n:] for values, n in zip(expected, batch.num_cached_tokens, strict=True)]
         assert all(len(values) > 0 for values in new), "the last token is always computed"
-        offsets = torch.tensor([0, *map(len, new)]).cumsum(0)
-        attention = batch.attention(CONFIG, offsets, torch.zeros(len(users), dtype=torch.int64), "blocked")
         numbers = torch.from_numpy(np.concatenate(new))
+        plan = plan_batch(torch.tensor([0, *map(len, new)]).cumsum(0), None, len(numbers), "cpu")
+        attention = batch.attention(CONFIG, plan, "blocked")
         for layer in range(CONFIG.num_layers):
             key = (numbers + layer)[:, None, None].expand(-1, 1, 2)
             attention(layer, key, key, -key)

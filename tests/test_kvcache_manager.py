@@ -8,6 +8,7 @@ import torch
 from support.deferred import CopyFailedError, DeferredBackend
 
 from hstu_cli.config import ModelConfig
+from hstu_cli.kernels import plan_batch
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
 from hstu_cli.kvcache.batch import CacheBatch
 from hstu_cli.kvcache.fingerprint import HistoryFingerprint
@@ -36,8 +37,8 @@ def history(num_events: int, seed: int = 0, identity: bytes = b"weights") -> His
 def run(manager: KVCacheManager, batch: CacheBatch, seed: int = 0) -> None:
     """Compute random keys and values for what is not cached."""
     new = [r.num_tokens - r.num_cached for r in batch.requests]
-    offsets = torch.tensor([0, *new]).cumsum(0)
-    attention = batch.attention(CONFIG, offsets, torch.zeros(len(new), dtype=torch.int64), "blocked")
+    plan = plan_batch(torch.tensor([0, *new]).cumsum(0), None, sum(new), "cpu")
+    attention = batch.attention(CONFIG, plan, "blocked")
     generator = torch.Generator().manual_seed(seed)
     for layer in range(CONFIG.num_layers):
         attention(layer, *torch.randn(3, sum(new), 2, 4, generator=generator))

@@ -247,7 +247,7 @@ def test_a_history_item_has_the_row_of_a_lone_candidate_at_its_moment(buckets: i
     ]
     batch = build_token_batch(model.config, [to_user_request(request) for request in [whole, *moments]])
     with torch.no_grad():
-        hidden = model(batch, JaggedAttention(model.config, batch.seq_offsets, batch.num_candidates, impl))
+        hidden = model(batch, JaggedAttention(model.config, batch.plan(), impl))
     items_of_whole = hidden[6 : 6 + 16 : 2]
     torch.testing.assert_close(items_of_whole, hidden[batch.candidate_rows()], rtol=1e-11, atol=1e-12)
     assert (items_of_whole.std(0) > 0.01).all()

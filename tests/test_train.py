@@ -209,7 +209,7 @@ def test_scores_are_the_same_on_every_road(root: Path, trained: tuple[Path, dict
     scored = {}
     for passes in source.batches_of_tokens(500):
         batch = source.batch(passes)
-        attention = JaggedAttention(model.config, batch.tokens.seq_offsets, batch.tokens.num_candidates)
+        attention = JaggedAttention(model.config, batch.tokens.plan())
         with torch.no_grad():
             rows = model.rank(model(batch.tokens, attention)[batch.item_rows])
         keys = [(source.user_ids[one.user], event) for one in passes for event in range(one.scored_from, one.end)]

@@ -69,7 +69,7 @@ def test_an_item_token_scores_like_the_same_item_as_the_only_candidate(
     compared = 0
     for passes in source.batches_of_tokens(300):
         batch = source.batch(passes)
-        attention = JaggedAttention(config, batch.tokens.seq_offsets, batch.tokens.num_candidates)
+        attention = JaggedAttention(config, batch.tokens.plan())
         with torch.no_grad():
             hidden = model(batch.tokens, attention)
             logits = model.rank(hidden[batch.item_rows])

@@ -7,6 +7,7 @@ import torch
 from hstu_cli.backend import Backend
 from hstu_cli.bench.session import wider
 from hstu_cli.config import ModelConfig
+from hstu_cli.kernels import BatchPlan, plan_batch, plan_pages
 from hstu_cli.kvcache.batch import PagedAttention
 from hstu_cli.kvcache.storage import PageStorage
 from hstu_cli.kvcache.transfers import PageCopy, TransferJob, start_transfer
@@ -68,7 +69,7 @@ class BlockWorkload:
     @torch.no_grad()
     def uncached(self, x: torch.Tensor, impl: str) -> torch.Tensor:
         """Output for all tokens x [B * (n + c), D]."""
-        return self.block(x, JaggedAttention(self.config, *self._sizes(0), impl))
+        return self.block(x, JaggedAttention(self.config, self._plan(0), impl))
 
     @torch.no_grad()
     def cached(self, x: torch.Tensor, num_cached: int, impl: str, *, from_host: bool = False) -> torch.Tensor:
@@ -77,22 +78,26 @@ class BlockWorkload:
         from_host: the cached pages are copied from host memory first, layer by layer.
         """
         jobs = [self._start_onload(num_cached)] if from_host else []
-        offsets, candidates = self._sizes(num_cached)
         device = self.storage.pages.device
         token = torch.arange(num_cached, self.num_history)
         length = self.num_history - num_cached + self.num_candidates
         rows = torch.arange(self.batch_size)[:, None] * length + token - num_cached
         slots = self.page_ids[:, token // self.page_size] * self.page_size + token % self.page_size
-        indptr = torch.arange(self.batch_size + 1) * self.pages_each
+        page_plan = plan_pages(
+            torch.arange(self.batch_size + 1) * self.pages_each,
+            self.page_ids.flatten(),
+            torch.full((self.batch_size,), num_cached),
+            num_sequences=self.batch_size,
+            num_pages=self.page_ids.numel(),
+            page_size=self.page_size,
+            device=device,
+        )
         attention = PagedAttention(
             config=self.config,
             storage=self.storage,
             jobs=jobs,
-            seq_offsets=offsets,
-            num_candidates=candidates,
-            page_indptr=indptr.to(device),
-            page_ids=self.page_ids.flatten().to(device),
-            cached_lengths=torch.full((self.batch_size,), num_cached, device=device),
+            plan=self._plan(num_cached),
+            page_plan=page_plan,
             new_rows=rows.flatten().to(device),
             new_slots=slots.flatten().to(device),
             impl=impl,
@@ -106,8 +111,8 @@ class BlockWorkload:
         device = self.x.device if dtype == torch.float32 else torch.device("cpu")  # not every device has float64
         block = copy.deepcopy(self.block).to(device, dtype)
         length = self.num_history + self.num_candidates
-        sizes = (torch.tensor([0, length], device=device), torch.tensor([self.num_candidates], device=device))
-        return block(self.x[0].to(device, dtype), JaggedAttention(self.config, *sizes, impl))
+        plan = plan_batch(torch.tensor([0, length]), torch.tensor([self.num_candidates]), length, device)
+        return block(self.x[0].to(device, dtype), JaggedAttention(self.config, plan, impl))
 
     def copy_to_host(self) -> None:
         """Keep a copy of all pages in host memory, for `from_host`."""
@@ -125,8 +130,9 @@ class BlockWorkload:
         ids = self.page_ids[:, : -(-num_cached // self.page_size)].flatten().tolist()
         return start_transfer(self.backend, self._host, self.storage, [PageCopy(ids, ids)])
 
-    def _sizes(self, num_cached: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`seq_offsets` [B + 1] and `num_candidates` [B] of the tokens that are not cached."""
+    def _plan(self, num_cached: int) -> BatchPlan:
+        """The batch of the tokens that are not cached."""
         length = self.num_history - num_cached + self.num_candidates
-        offsets = torch.arange(self.batch_size + 1, device=self.x.device) * length
-        return offsets, torch.full((self.batch_size,), self.num_candidates, device=self.x.device)
+        offsets = torch.arange(self.batch_size + 1) * length
+        candidates = torch.full((self.batch_size,), self.num_candidates)
+        return plan_batch(offsets, candidates, self.batch_size * length, self.x.device)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from hstu_cli.config import ModelConfig
-from hstu_cli.kernels import append_to_pages, hstu_paged_attention
+from hstu_cli.kernels import BatchPlan, PagePlan, append_to_pages, paged_attention, plan_pages
 from hstu_cli.kvcache.fingerprint import HistoryFingerprint
 from hstu_cli.kvcache.storage import PageStorage
 from hstu_cli.kvcache.tier import Hold, Reservation
@@ -53,31 +53,22 @@ class CacheBatch:
         """Tokens that each request skips."""
         return [request.num_cached for request in self.requests]
 
-    def attention(
-        self, config: ModelConfig, seq_offsets: torch.Tensor, num_candidates: torch.Tensor, impl: str
-    ) -> "PagedAttention":
+    def attention(self, config: ModelConfig, plan: BatchPlan, impl: str) -> "PagedAttention":
         """Attention of the run that computes all tokens that are not skipped, and stores the new ones.
 
-        seq_offsets [B + 1], num_candidates [B] int64: the batch of those tokens.
+        plan: the batch of those tokens, for the device of the pages.
         """
-        rows, slots = self._new_slots(seq_offsets.tolist())
-        return self._attention(
-            config, self.requests, self.num_cached_tokens, seq_offsets, num_candidates, impl, rows, slots
-        )
+        rows, slots = self._new_slots(plan.on_host()[0])
+        return self._attention(config, self.requests, self.num_cached_tokens, plan, impl, rows, slots)
 
     def candidate_attention(
-        self,
-        config: ModelConfig,
-        members: Sequence[int],
-        seq_offsets: torch.Tensor,
-        num_candidates: torch.Tensor,
-        impl: str,
+        self, config: ModelConfig, members: Sequence[int], plan: BatchPlan, impl: str
     ) -> "PagedAttention":
         """Attention of more candidates of some requests, after the first run: all history is in pages."""
         requests = [self.requests[i] for i in members]
         lengths = [request.num_tokens for request in requests]
         nothing = np.empty(0, np.int64)
-        return self._attention(config, requests, lengths, seq_offsets, num_candidates, impl, nothing, nothing)
+        return self._attention(config, requests, lengths, plan, impl, nothing, nothing)
 
     def _new_slots(self, offsets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the batch whose keys and values are new, and their slots in the pages."""
@@ -94,23 +85,28 @@ class CacheBatch:
         config: ModelConfig,
         requests: Sequence[CachedRequest],
         cached_lengths: Sequence[int],
-        seq_offsets: torch.Tensor,
-        num_candidates: torch.Tensor,
+        plan: BatchPlan,
         impl: str,
         rows: np.ndarray,
         slots: np.ndarray,
     ) -> "PagedAttention":
         device = self.storage.pages.device
         tables = [request.pages for request in requests]
+        page_plan = plan_pages(
+            torch.tensor([0, *map(len, tables)]).cumsum(0),
+            torch.tensor([page for table in tables for page in table], dtype=torch.int64),
+            torch.tensor(cached_lengths, dtype=torch.int64),
+            num_sequences=plan.num_sequences,
+            num_pages=self.storage.pages.shape[1],
+            page_size=self.page_size,
+            device=device,
+        )
         return PagedAttention(
             config=config,
             storage=self.storage,
             jobs=self.jobs,
-            seq_offsets=seq_offsets.to(device),
-            num_candidates=num_candidates.to(device),
-            page_indptr=torch.tensor([0, *map(len, tables)]).cumsum(0).to(device),
-            page_ids=torch.tensor([page for table in tables for page in table], dtype=torch.int64, device=device),
-            cached_lengths=torch.tensor(cached_lengths, dtype=torch.int64, device=device),
+            plan=plan,
+            page_plan=page_plan,
             new_rows=torch.from_numpy(rows).to(device),
             new_slots=torch.from_numpy(slots).to(device),
             impl=impl,
@@ -119,16 +115,17 @@ class CacheBatch:
 
 @dataclass(frozen=True, slots=True)
 class PagedAttention:
-    """The attention of one run over a cache batch; see `hstu_paged_attention` for the tensors."""
+    """The attention of one run over a cache batch, planned once for all layers.
+
+    new_rows, new_slots: int64 [n] on the device, which of the batch's tokens are stored and where; see
+    `append_to_pages`.
+    """
 
     config: ModelConfig
     storage: PageStorage
     jobs: list[TransferJob]
-    seq_offsets: torch.Tensor
-    num_candidates: torch.Tensor
-    page_indptr: torch.Tensor
-    page_ids: torch.Tensor
-    cached_lengths: torch.Tensor
+    plan: BatchPlan
+    page_plan: PagePlan
     new_rows: torch.Tensor
     new_slots: torch.Tensor
     impl: str
@@ -140,16 +137,13 @@ class PagedAttention:
         pages = self.storage.pages[layer]
         if len(self.new_rows):
             append_to_pages(k, v, self.new_rows, pages, self.new_slots)
-        return hstu_paged_attention(
+        return paged_attention(
             q,
             k,
             v,
-            self.seq_offsets,
-            self.num_candidates,
+            self.plan,
             pages,
-            self.page_indptr,
-            self.page_ids,
-            self.cached_lengths,
+            self.page_plan,
             alpha=self.config.alpha,
             scaling_seqlen=self.config.scaling_seqlen,
             impl=self.impl,

@@ -116,14 +116,14 @@ class InferenceEngine:
         batch = build_token_batch(config, requests, num_cached)
         self.model.check_ids(batch)
         on_device = batch.to(self.model.device)
-        sizes = (batch.seq_offsets, batch.num_candidates)
+        plan = batch.plan(self.model.device)
         attention: Attention
         if cache is None:
-            attention = JaggedAttention(config, on_device.seq_offsets, on_device.num_candidates, self.impl)
+            attention = JaggedAttention(config, plan, self.impl)
         elif first:
-            attention = cache.attention(config, *sizes, self.impl)
+            attention = cache.attention(config, plan, self.impl)
         else:
-            attention = cache.candidate_attention(config, members, *sizes, self.impl)
+            attention = cache.candidate_attention(config, members, plan, self.impl)
         return self.model(on_device, attention, self.lookup), batch
 
 

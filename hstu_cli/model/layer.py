@@ -1,5 +1,6 @@
 """The HSTU layer and the block of layers; attention comes from outside, so that a cache can slot in."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hstu_cli.config import ModelConfig
-from hstu_cli.kernels import hstu_attention, layer_norm, layer_norm_mul, linear_residual, linear_silu
+from hstu_cli.kernels import BatchPlan, jagged_attention, layer_norm, layer_norm_mul, linear_residual, linear_silu
 
 # Shapes: T tokens (jagged over the batch), D hidden_dim, H heads, d head_dim.
 
@@ -25,28 +26,19 @@ class Attention(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
 class JaggedAttention:
     """Attention over the tokens of the batch alone: nothing is cached."""
 
-    def __init__(
-        self, config: ModelConfig, seq_offsets: torch.Tensor, num_candidates: torch.Tensor, impl: str = "auto"
-    ) -> None:
-        self.config = config
-        self.seq_offsets = seq_offsets
-        self.num_candidates = num_candidates
-        self.impl = impl
+    config: ModelConfig
+    plan: BatchPlan
+    impl: str = "auto"
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `Attention`."""
-        return hstu_attention(
-            q,
-            k,
-            v,
-            self.seq_offsets,
-            self.num_candidates,
-            alpha=self.config.alpha,
-            scaling_seqlen=self.config.scaling_seqlen,
-            impl=self.impl,
+        config = self.config
+        return jagged_attention(
+            q, k, v, self.plan, alpha=config.alpha, scaling_seqlen=config.scaling_seqlen, impl=self.impl
         )
 
 

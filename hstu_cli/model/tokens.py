@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from hstu_cli.config import ModelConfig
+from hstu_cli.kernels import BatchPlan, plan_batch
 
 VIDEO_TABLE = "video_id"
 ACTION_TABLE = "action_weights"
@@ -69,6 +70,10 @@ class TokenBatch:
             seq_offsets=self.seq_offsets.to(device),
             num_candidates=self.num_candidates.to(device),
         )
+
+    def plan(self, device: torch.device | str = "cpu") -> BatchPlan:
+        """The batch as attention on `device` takes it; of a batch on the host, for which nothing waits."""
+        return plan_batch(self.seq_offsets, self.num_candidates, self.num_tokens, device)
 
     def candidate_rows(self) -> torch.Tensor:
         """Rows of all candidates, in the order of the sequences: [sum of num_candidates] int64."""

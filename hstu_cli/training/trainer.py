@@ -175,7 +175,7 @@ class Trainer:
         """The loss of all tasks summed over the examples, and that of the next item over the predictions."""
         model, device = self.model, self.backend.device
         tokens = batch.tokens.to(device)
-        attention = JaggedAttention(model.config, tokens.seq_offsets, tokens.num_candidates, self.impl)
+        attention = JaggedAttention(model.config, batch.tokens.plan(device), self.impl)
         rows = batch.item_rows.to(device)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             hidden = model(tokens, attention)  # [T, D]

@@ -36,7 +36,7 @@ def validate(
         batch = source.batch(passes)
         model.check_ids(batch.tokens)
         tokens = batch.tokens.to(backend.device)
-        attention = JaggedAttention(model.config, tokens.seq_offsets, tokens.num_candidates, impl)
+        attention = JaggedAttention(model.config, batch.tokens.plan(backend.device), impl)
         hidden = model(tokens, attention)  # [T, D]
         logits = model.rank(hidden[batch.item_rows.to(backend.device)])
         predicted = batch.has_previous

@@ -4,11 +4,9 @@ Section 3.2 of "Actions Speak Louder than Words" (ICML 2024): SiLU takes the sof
 row needs no normalisation and partial sums over keys simply add.
 """
 
-from itertools import pairwise
-
 import torch
 
-from hstu_cli.kernels.checks import int_list
+from hstu_cli.kernels.attention.plan import BatchPlan, plan_batch
 from hstu_cli.kernels.dispatch import choose_impl_for
 
 
@@ -37,10 +35,27 @@ def hstu_attention(
     q, k and v, but for native.
     Raises ValueError for inputs that do not fit together, and for native where a gradient is wanted;
     UnavailableError for native where it cannot be built.
+
+    Plans the batch on every call; who runs several layers on one batch calls `plan_batch` once and
+    `jagged_attention` for each.
     """
-    offsets, candidates = check_jagged_inputs(q, k, v, seq_offsets, num_candidates)
-    if scaling_seqlen < 1:
-        raise ValueError(f"scaling_seqlen must be at least 1, not {scaling_seqlen}")
+    check_like_q(q, k, v)
+    plan = plan_batch(seq_offsets, num_candidates, q.shape[0], q.device)
+    return jagged_attention(q, k, v, plan, alpha=alpha, scaling_seqlen=scaling_seqlen, impl=impl)
+
+
+def jagged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BatchPlan,
+    *,
+    alpha: float,
+    scaling_seqlen: int,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """`hstu_attention` of a planned batch: looks at shapes, dtypes and devices alone, and waits for nothing."""
+    check_planned(q, k, v, plan, scaling_seqlen)
     match choose_impl_for(impl, q, k, v):
         case "reference":
             from hstu_cli.kernels.attention.reference import attention
@@ -48,17 +63,11 @@ def hstu_attention(
             from hstu_cli.kernels.attention.backward import attention
         case "native":
             from hstu_cli.kernels.attention.native import attention
-    return attention(q, k, v, offsets, candidates, alpha=alpha, scaling_seqlen=scaling_seqlen)
+    return attention(q, k, v, *plan.on_host(), alpha=alpha, scaling_seqlen=scaling_seqlen)
 
 
-def check_jagged_inputs(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    seq_offsets: torch.Tensor,
-    num_candidates: torch.Tensor | None,
-) -> tuple[list[int], list[int]]:
-    """Validate a jagged batch; return its offsets [B + 1] and candidate counts [B] as Python ints."""
+def check_like_q(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """ValueError unless q is [tokens, heads, head_dim] of a floating dtype, and k and v are like it."""
     if q.dim() != 3:
         raise ValueError(f"q must be [tokens, heads, head_dim], not {list(q.shape)}")
     for name, tensor in (("k", k), ("v", v)):
@@ -69,24 +78,15 @@ def check_jagged_inputs(
             )
     if not q.dtype.is_floating_point:
         raise ValueError(f"q, k and v must be floating point, not {q.dtype}")
-    offsets = int_list("seq_offsets", seq_offsets)
-    if not offsets or offsets[0] != 0 or offsets[-1] != q.shape[0]:
-        raise ValueError(f"seq_offsets must run from 0 to the {q.shape[0]} tokens, not {_ends(offsets)}")
-    lengths = [end - start for start, end in pairwise(offsets)]
-    if any(length < 0 for length in lengths):
-        raise ValueError("seq_offsets must never decrease")
-    if num_candidates is None:
-        return offsets, [0] * len(lengths)
-    candidates = int_list("num_candidates", num_candidates)
-    if len(candidates) != len(lengths):
+
+
+def check_planned(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BatchPlan, scaling_seqlen: int) -> None:
+    """ValueError unless q, k and v fit together and are what was planned for."""
+    check_like_q(q, k, v)
+    if q.shape[0] != plan.num_tokens or q.device != plan.seq_offsets.device:
         raise ValueError(
-            f"num_candidates must hold one count for each of {len(lengths)} sequences, not {len(candidates)}"
+            f"the batch was planned for {plan.num_tokens} tokens on {plan.seq_offsets.device}, "
+            f"not {q.shape[0]} on {q.device}"
         )
-    for count, length in zip(candidates, lengths, strict=True):
-        if not 0 <= count <= length:
-            raise ValueError(f"num_candidates holds {count} for a sequence of {length} tokens")
-    return offsets, candidates
-
-
-def _ends(offsets: list[int]) -> str:
-    return f"from {offsets[0]} to {offsets[-1]}" if offsets else "empty"
+    if scaling_seqlen < 1:
+        raise ValueError(f"scaling_seqlen must be at least 1, not {scaling_seqlen}")
