@@ -4,7 +4,7 @@ Only this package names `torch.cuda` and `torch.npu`.
 """
 
 from hstu_cli.backend.base import Backend, Event, Graph, GraphPool, WallTimer, upload
-from hstu_cli.backend.choice import BACKENDS, DTYPES, DeviceChoice, open_device, resolve_dtype
+from hstu_cli.backend.choice import BACKENDS, DTYPES, DeviceChoice, backend_of, open_device, resolve_dtype
 from hstu_cli.backend.streams import CudaBackend, NpuBackend, StreamBackend
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "NpuBackend",
     "StreamBackend",
     "WallTimer",
+    "backend_of",
     "open_device",
     "resolve_dtype",
     "upload",

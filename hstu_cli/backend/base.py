@@ -5,7 +5,7 @@ import math
 import mmap
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -128,9 +128,18 @@ class Backend:
         """A new pool of graphs; UnavailableError with the reason where there are none."""
         raise UnavailableError(f"no graphs: {self.why_no_graphs()}")
 
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        """Generation of an NVIDIA GPU, such as (9, 0); None for other devices."""
+        return None
+
     def is_capturing(self) -> bool:
-        """Whether what is queued now is captured and not done."""
+        """Whether queued work is being captured into a graph instead of run."""
         return False
+
+    def as_current(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which this is the device that kernels, streams and events mean where they name none."""
+        return contextlib.nullcontext()
 
     def start_timer(self) -> Timer:
         """Begin to time the work that is queued from now on."""

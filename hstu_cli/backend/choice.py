@@ -1,5 +1,6 @@
 """Which device and dtype an option means, and what is said where it is absent."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 BACKENDS: tuple[type[Backend], ...] = (CudaBackend, NpuBackend, Backend)
 """In the order in which `auto` prefers them."""
+
+
+@functools.cache
+def backend_of(device: torch.device) -> Backend:
+    """The backend of a tensor's device; KeyError for a kind of device that none of them drives."""
+    return {kind.type: kind for kind in BACKENDS}[device.type](device.index or 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,6 +127,10 @@ class StreamBackend(Backend):
         """See `Backend`: this is the device that streams and events mean where they name none."""
         self.module().set_device(self.device.index)
 
+    def as_current(self) -> contextlib.AbstractContextManager[Any]:
+        """See `Backend`."""
+        return self.module().device(self.device)
+
     def release_memory(self) -> None:
         """See `Backend`."""
         self.module().empty_cache()
@@ -195,6 +199,11 @@ class CudaBackend(StreamBackend):
         if not torch.cuda.is_available():
             return "torch finds no NVIDIA GPU; check that nvidia-smi lists one and that its driver is recent enough."
         return None
+
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        """See `Backend`."""
+        return torch.cuda.get_device_capability(self.device)
 
 
 class NpuBackend(StreamBackend):
