@@ -22,6 +22,9 @@ from hstu_cli.timing import Timer
 ALIGNMENT_BYTES = 64
 """Where each of several tensors in one buffer may begin: for pointers less aligned kernels are compiled anew."""
 
+PINNED_FOR = ("cuda", "npu")
+"""Devices that copy from pinned memory while this thread goes on."""
+
 
 class Event:
     """A moment in a queue of work. On a CPU, where queued work is done at once, it has passed already."""
@@ -181,21 +184,24 @@ def upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.
     """
     if device.type == "cpu":
         return list(tensors)
-    host, parts = packed(tensors, pin_memory=True)
+    host, parts = packed(tensors, device)
     # The allocator of pinned memory gives `host` to nobody else before the copy is over.
     on_device = host.to(device, non_blocking=True)
     return [on_device[part] for part in parts]
 
 
-def packed(tensors: Sequence[torch.Tensor], *, pin_memory: bool = False) -> tuple[torch.Tensor, list[slice]]:
-    """One host tensor that holds these, each at an aligned place, and their places."""
+def packed(tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, list[slice]]:
+    """One host tensor that holds these, each at an aligned place, and their places.
+
+    device: where it will be copied to; memory is pinned where that makes a copy one that nobody waits for.
+    """
     dtype = tensors[0].dtype
     step = ALIGNMENT_BYTES // dtype.itemsize
     parts, end = [], 0
     for tensor in tensors:
         parts.append(slice(end, end + len(tensor)))
         end += -(-len(tensor) // step) * step
-    host = torch.empty(end, dtype=dtype, pin_memory=pin_memory)
+    host = torch.empty(end, dtype=dtype, pin_memory=device.type in PINNED_FOR)
     for tensor, part in zip(tensors, parts, strict=True):
         host[part] = tensor
     return host, parts
