@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from support.deferred import DeferredBackend
 
 from hstu_cli.kernels import append_to_pages, paged_attention, plan_batch, plan_pages
 from hstu_cli.kvcache.batch import PagedAttention
 from hstu_cli.model.buckets import Bucket
 from hstu_cli.model.graphs import GraphRunner
 from hstu_cli.model.layer import Attention
+from support.deferred import DeferredBackend
 
 
 @dataclass
