@@ -46,9 +46,12 @@ class BlockWorkload:
         num_candidates: int,
         page_size: int,
         seed: int,
+        append_impl: str = "torch",
     ) -> None:
+        """append_impl: what writes new keys and values into pages, a name from `APPEND_IMPLEMENTATIONS`."""
         self.block, self.config, self.backend = block, config, backend
         self.batch_size, self.num_history, self.num_candidates = batch_size, num_history, num_candidates
+        self.append_impl = append_impl
         self.page_size, self.pages_each = page_size, -(-num_history // page_size)
         generator = torch.Generator().manual_seed(seed)
         weight = next(block.parameters())
@@ -101,6 +104,7 @@ class BlockWorkload:
             new_rows=rows.flatten().to(device),
             new_slots=slots.flatten().to(device),
             impl=impl,
+            append_impl=self.append_impl,
         )
         return self.block(x, attention)
 
