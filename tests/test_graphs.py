@@ -1,7 +1,6 @@
 """Graphs: which bucket a step takes, that padding changes no score, and what happens where memory is short."""
 
 import copy
-import dataclasses
 import itertools
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graphs import GraphBackend, HostGraphRunner
+from support.growing_users import CONFIG, NUM_USERS, Users, small_model
 
 from hstu_cli.backend import Backend
 from hstu_cli.config import MODEL_PRESETS, ModelConfig
@@ -19,36 +19,14 @@ from hstu_cli.kvcache.manager import kv_bytes_per_token
 from hstu_cli.model.buckets import Bucket, default_buckets, smallest_that_holds
 from hstu_cli.model.engine import InferenceEngine
 from hstu_cli.model.graphs import GraphChoice, GraphRunner, choose_graphs
-from hstu_cli.model.ranking import RankingModel, random_model
-from hstu_cli.model.tokens import UserRequest
+from hstu_cli.model.ranking import RankingModel
 
-CONFIG = dataclasses.replace(MODEL_PRESETS["tiny"], max_history=16, max_candidates=6, contextual_features=("user_id",))
-NUM_ITEMS, NUM_USERS = 50, 8
 BUCKETS = (Bucket(7, 4), Bucket(24, 2), Bucket(60, 4))
 
 
 @pytest.fixture(scope="module")
 def model() -> RankingModel:
-    return random_model(CONFIG, {}, {"video_id": NUM_ITEMS, "user_id": NUM_USERS}, seed=0)
-
-
-@dataclasses.dataclass
-class Users:
-    """Users whose histories grow from request to request."""
-
-    rng: np.random.Generator
-    events: dict[int, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(range(NUM_USERS), 0))
-
-    def requests(self, sizes: dict[int, tuple[int, int]]) -> list[UserRequest]:
-        """A request of each user, after so many new events, with so many candidates."""
-        found = []
-        for user, (num_new, num_candidates) in sizes.items():
-            self.events[user] += num_new
-            history = np.random.default_rng(user).integers(0, NUM_ITEMS, (2, 500))
-            videos, actions = history[:, : self.events[user]]
-            candidates = self.rng.integers(0, NUM_ITEMS, num_candidates)
-            found.append(UserRequest(user, np.array([user]), videos, actions, candidates))
-        return found
+    return small_model(seed=0)
 
 
 def make_engine(
@@ -162,7 +140,7 @@ def test_graphs_of_layers_wait_for_the_pages_of_their_layer_alone(model: Ranking
 
 def test_weights_that_are_replaced_are_captured_anew(model: RankingModel) -> None:
     changing = copy.deepcopy(model)
-    other = random_model(CONFIG, {}, {"video_id": NUM_ITEMS, "user_id": NUM_USERS}, seed=1).state_dict()
+    other = small_model(seed=1).state_dict()
     engine, backend = make_engine(changing)
     users = Users(np.random.default_rng(4))
     engine.step(users.requests({0: (2, 3)}))
