@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from hstu_cli.backend import Backend, Event
 from hstu_cli.kvcache.storage import PageStorage
@@ -37,13 +38,21 @@ class TransferJob:
 def start_transfer(
     backend: Backend, source: PageStorage, target: PageStorage, copies: Sequence[PageCopy]
 ) -> TransferJob:
-    """Queue the copies on the backend's copy stream, layer after layer, behind the work queued so far."""
+    """Queue the copies on the backend's copy stream, layer after layer, behind the work queued so far.
+
+    All copies of a backend are on one stream, and that is what keeps pages safe that change hands. Pages of a victim
+    are written back before anything new is copied into them (same stream, queued earlier) and before a batch appends
+    to them (a layer waits for its event of every job of the batch). Pages that are copied from, in host memory, are
+    not written to before they were read (same stream again), though the books call them free as soon as the batch is
+    complete. And a copy reads or writes device pages only after all work that was queued before it, so that neither a
+    batch that still reads an entry's pages nor one that still appends to them is disturbed when the entry is evicted.
+    """
+    pairs = [pair for copy in copies for pair in zip(copy.source_pages, copy.target_pages, strict=True)]
+    on_host = 0 if source.pages.device.type == "cpu" else 1  # which of the two ids
+    pairs.sort(key=lambda pair: pair[on_host])  # neighbours in host memory are copied together
+    source_ids, target_ids = ([pair[i] for pair in pairs] for i in range(2))
     events = []
     for layer in range(source.num_layers):
-
-        def copy_layer(layer: int = layer) -> None:
-            for copy in copies:
-                source.copy_layer_to(target, layer, copy.source_pages, copy.target_pages)
-
+        copy_layer = partial(source.copy_layer_to, target, layer, source_ids, target_ids)
         events.append(backend.submit_copy(copy_layer))
     return TransferJob(events)
