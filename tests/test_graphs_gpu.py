@@ -13,7 +13,6 @@ from support.growing_users import CONFIG, NUM_USERS, Users, small_model
 from hstu_cli.backend import CudaBackend, Event
 from hstu_cli.bench.block import BlockWorkload, random_block
 from hstu_cli.config import MODEL_PRESETS
-from hstu_cli.data.synthetic import SyntheticOptions, prepare_synthetic
 from hstu_cli.kernels.append_pages import choose_append_impl
 from hstu_cli.kernels.dispatch import choose_impl
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
@@ -171,7 +170,10 @@ def test_copies_of_later_layers_run_while_earlier_layers_compute() -> None:
         assert computed.elapsed_time(next_copied) > 0, "and before the next layer's are"
 
 
-def test_infer_and_bench_e2e_use_graphs(tmp_path: Path) -> None:
+def test_infer_uses_graphs(tmp_path: Path) -> None:
+    pytest.importorskip("duckdb", reason="duckdb is not installed, and preparing data needs it")
+    from hstu_cli.data.synthetic import SyntheticOptions, prepare_synthetic
+
     prepare_synthetic(tmp_path, SyntheticOptions(num_users=20, num_events=250, num_items=300, shape="1k"))
     record = record_of(
         "infer", "--config", "tiny", "--data-root", tmp_path, "--steps", 40, "--batch-size", 8, "--num-pages", 40,
@@ -181,6 +183,9 @@ def test_infer_and_bench_e2e_use_graphs(tmp_path: Path) -> None:
     assert record["cuda_graph"]["layerwise"]
     assert record["cuda_graph"]["replays"] > 0
     assert len(record["cuda_graph"]["buckets"]) == len(default_buckets(MODEL_PRESETS["tiny"], 8))
+
+
+def test_bench_e2e_uses_graphs() -> None:
     rows = record_of(
         "bench-e2e", "--config", "tiny", "--history-step", "10", "--num-batches", "5", "--candidates", "9",
         "--num-users", "1,3", "--num-iters", "2", "--device", "cuda",
