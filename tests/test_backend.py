@@ -175,6 +175,68 @@ def test_uploads_to_the_cpu_copy_nothing() -> None:
     assert [t.shape[0] for t in upload(tensors, torch.device("meta"))] == [3, 5]
 
 
+class StandInRuntime:
+    """Notes what is pinned; `code` is what pinning returns, 0 for success."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code, self.pinned = code, {}
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:  # noqa: N802 as CUDA calls it
+        assert flags == 1
+        if not self.code:
+            self.pinned[address] = num_bytes
+        return self.code
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802 as CUDA calls it
+        del self.pinned[address]
+        return 0
+
+
+def test_host_memory_is_pinned_as_long_as_a_tensor_uses_it(
+    module: StandInModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = StandInRuntime()
+    monkeypatch.setattr(module, "cudart", lambda: runtime, raising=False)
+    tensor = CudaBackend().host_tensor((3, 5, 7), torch.bfloat16)
+    assert tensor.shape == (3, 5, 7)
+    assert not tensor.any()
+    assert runtime.pinned == {tensor.data_ptr(): 3 * 5 * 7 * 2}
+    part = tensor[1].fill_(1)
+    del tensor
+    assert runtime.pinned
+    assert (part == 1).all()
+    del part
+    assert not runtime.pinned
+    assert module.calls == ["synchronize"], "copies are over before memory goes"
+    assert CudaBackend().host_tensor((0, 4), torch.float32).shape == (0, 4)
+
+
+def test_where_the_driver_does_not_pin_torch_does(module: StandInModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cudart", lambda: StandInRuntime(code=2), raising=False)
+    if torch.cuda.is_available():
+        assert CudaBackend().host_tensor((4,), torch.float32).is_pinned()
+    else:
+        with pytest.raises(RuntimeError, match="pin_memory"):  # it was asked, and cannot here
+            CudaBackend().host_tensor((4,), torch.float32)
+    assert not module.calls
+
+
+@pytest.mark.gpu
+def test_pinned_memory_is_of_the_size_that_was_asked_for() -> None:
+    tensor = CudaBackend().host_tensor((3, 1 << 20), torch.float32)
+    assert tensor.is_pinned()
+    on_device = torch.empty(tensor.shape, device="cuda")
+    tensor.normal_()
+    on_device.copy_(tensor, non_blocking=True)
+    torch.cuda.synchronize()
+    assert torch.equal(on_device.cpu(), tensor)
+    torch.cuda.synchronize()
+    del tensor
+    again = CudaBackend().host_tensor((3, 1 << 20), torch.float32)
+    assert again.is_pinned()
+    assert not again.any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_uploads_arrive_though_nobody_waits(dtype: torch.dtype) -> None:

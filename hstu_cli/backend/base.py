@@ -5,7 +5,7 @@ import math
 import mmap
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -24,6 +24,8 @@ ALIGNMENT_BYTES = 64
 
 PINNED_FOR = ("cuda", "npu")
 """Devices that copy from pinned memory while this thread goes on."""
+
+Memory = TypeVar("Memory", bound=mmap.mmap)
 
 
 class Event:
@@ -171,10 +173,14 @@ def zeros_in_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tenso
     num_bytes = math.prod(shape) * dtype.itemsize
     if not num_bytes:
         return torch.zeros(*shape, dtype=dtype)
-    memory = mmap.mmap(-1, num_bytes)
-    with contextlib.suppress(AttributeError, OSError):  # not on every system
+    return torch.frombuffer(in_huge_pages(mmap.mmap(-1, num_bytes)), dtype=dtype).view(*shape)
+
+
+def in_huge_pages(memory: Memory) -> Memory:
+    """The same memory, with the wish to back it by huge pages told to a system that has them."""
+    with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(*shape)
+    return memory
 
 
 def upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

@@ -2,12 +2,14 @@
 
 import contextlib
 import importlib
+import math
+import mmap
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from hstu_cli.backend.base import Backend, Event, Graph, GraphPool
+from hstu_cli.backend.base import Backend, Event, Graph, GraphPool, in_huge_pages
 from hstu_cli.errors import UnavailableError
 
 
@@ -180,6 +182,20 @@ class StreamBackend(Backend):
         return torch.zeros(*shape, dtype=dtype, pin_memory=True)
 
 
+HOST_REGISTER_PORTABLE = 1
+"""A flag of cudaHostRegister: the memory is pinned for every GPU."""
+
+
+class PinnedMemory(mmap.mmap):
+    """Host memory that a driver keeps in its place until the last tensor on it is gone."""
+
+    unpin: Callable[[], None] | None = None
+
+    def __del__(self) -> None:
+        if self.unpin is not None:
+            self.unpin()
+
+
 class CudaBackend(StreamBackend):
     """An NVIDIA GPU."""
 
@@ -199,6 +215,24 @@ class CudaBackend(StreamBackend):
         if not torch.cuda.is_available():
             return "torch finds no NVIDIA GPU; check that nvidia-smi lists one and that its driver is recent enough."
         return None
+
+    def host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """See `Backend`: pinned memory of this very size; torch's own allocator takes the next power of two."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if not num_bytes:
+            return torch.zeros(*shape, dtype=dtype)
+        memory = in_huge_pages(PinnedMemory(-1, num_bytes))
+        tensor = torch.frombuffer(memory, dtype=dtype).view(*shape)
+        address, runtime = tensor.data_ptr(), self.module().cudart()
+        if int(runtime.cudaHostRegister(address, num_bytes, HOST_REGISTER_PORTABLE)):
+            return super().host_tensor(shape, dtype)
+
+        def unpin() -> None:
+            self.synchronize()  # no copy may be under way
+            runtime.cudaHostUnregister(address)
+
+        memory.unpin = unpin
+        return tensor
 
     @property
     def compute_capability(self) -> tuple[int, int]:
