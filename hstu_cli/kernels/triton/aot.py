@@ -6,6 +6,7 @@ kernel does not compile or takes more shared memory than the chip has.
 
 import argparse
 import importlib
+import itertools
 import multiprocessing
 import os
 import re
@@ -139,6 +140,7 @@ def table(rows: Iterable[Compiled]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m hstu_cli.kernels.triton.aot", description=__doc__)
+    parser.add_argument("--module", action="append", help="a module with aot_specs (default: all operators')")
     parser.add_argument("--chip", type=int, choices=CHIPS, action="append", help="compute capability (default: all)")
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")
     parser.add_argument("--first", action="store_true", help="one configuration of each kernel and chip")
@@ -147,14 +149,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
     work = [
         (module, chip, chosen.kernel, chosen.first, number)
-        for module in MODULES
+        for module in chosen.module or MODULES
         for chip in chosen.chip or CHIPS
         for number in range(len(specs_of(module, chip, kernels=chosen.kernel, first=chosen.first)))
     ]
     if not work:
         parser.error(f"no kernel has {chosen.kernel!r} in its name")
-    with ProcessPoolExecutor(chosen.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        rows = list(pool.map(_compile_number, *zip(*work, strict=True)))
+    if chosen.jobs == 1:
+        rows = list(itertools.starmap(_compile_number, work))
+    else:
+        with ProcessPoolExecutor(chosen.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            rows = list(pool.map(_compile_number, *zip(*work, strict=True)))
     print(table(rows))
     failures = sum(row.error is not None for row in rows)
     print(f"{len(rows)} compiled, {failures} of which do not fit or compile")

@@ -131,7 +131,7 @@ class Tuner:
         self._backend, self._folder = backend, folder
         self._about = {"device": backend.device_name, **versions}
         self._choices: dict[tuple[str, tuple[Hashable, ...]], LaunchConfig] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what is measured may itself have a choice to make
 
     def choose(
         self,
