@@ -110,8 +110,13 @@ def test_padding_reaches_no_page_of_a_user_and_no_score(model: RankingModel) -> 
     before = cache.device_storage.pages.clone()
     runner._x.fill_(torch.nan)  # what an earlier step may have left behind the tokens of this one
     requests = users.requests({2: (3, 2)})
+    inputs: list[torch.Tensor] = []
+    handle = model.layers[0].register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0].clone()))
     found = engine.step(requests).logits
+    handle.remove()
     assert relative(found, InferenceEngine(model, "blocked").step(requests).logits) < 1e-5
+    assert len(inputs[0]) == 24
+    assert not inputs[0][1 + 2 * 3 + 2 :].any(), "rows of padding are zero, and so stay finite"
     spare = cache.config.num_pages
     written = {2: cache.device.get(2).pages}
     changed = (cache.device_storage.pages != before).flatten(2).any(2).any(0).nonzero().flatten().tolist()
