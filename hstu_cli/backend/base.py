@@ -138,6 +138,11 @@ class Backend:
         """Generation of an NVIDIA GPU, such as (9, 0); None for other devices."""
         return None
 
+    @property
+    def num_multiprocessors(self) -> int:
+        """Multiprocessors of an NVIDIA GPU; 1 for other devices."""
+        return 1
+
     def is_capturing(self) -> bool:
         """Whether queued work is being captured into a graph instead of run."""
         return False

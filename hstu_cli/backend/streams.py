@@ -239,6 +239,11 @@ class CudaBackend(StreamBackend):
         """See `Backend`."""
         return torch.cuda.get_device_capability(self.device)
 
+    @property
+    def num_multiprocessors(self) -> int:
+        """See `Backend`."""
+        return torch.cuda.get_device_properties(self.device).multi_processor_count
+
 
 class NpuBackend(StreamBackend):
     """An Ascend NPU, through torch_npu."""
