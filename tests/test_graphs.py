@@ -158,6 +158,29 @@ def test_weights_that_are_replaced_are_captured_anew(model: RankingModel) -> Non
         assert len(backend.pool.graphs) - graphs == (len(BUCKETS) if assign else 0)
 
 
+@pytest.mark.triton
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # in rows of padding, which hold anything
+@pytest.mark.parametrize("host_pages", [0, 30], ids=["one graph", "a graph for each layer"])
+def test_kernels_that_read_sizes_on_the_device_score_padded_steps(model: RankingModel, host_pages: int) -> None:
+    """Triton's kernels in the interpreter, from what is in the buffers at replay: nothing is known on the host."""
+    page_size = 16
+    host_bytes = host_pages * page_size * kv_bytes_per_token(CONFIG, torch.float32)
+    sizes = KVCacheConfig(4, page_size, host_bytes, append_impl="triton")
+    cache = KVCacheManager(sizes, CONFIG, torch.float32, GraphBackend())
+    runner = GraphRunner(model.layers, cache, "triton", (Bucket(12, 3), Bucket(32, 2)))
+    runner.capture()
+    engine, uncached = InferenceEngine(model, "triton", cache, graphs=runner), InferenceEngine(model, "blocked")
+    users = Users(np.random.default_rng(7))
+    for sizes in ({0: (3, 2), 1: (2, 1)}, {2: (14, 3)}, {0: (2, 7), 3: (5, 2)}, {1: (0, 1), 2: (1, 1)}):
+        requests = users.requests(sizes)
+        assert relative(engine.step(requests).logits, uncached.step(requests).logits) < 1e-5
+        cache.check_invariants()
+    assert runner.replays == 5  # one of the steps has more candidates than the model takes at once
+    assert cache.counters.evictions > 0
+    assert (cache.counters.host_hit_tokens > 0) == (host_pages > 0)
+    assert cache.device_storage.pages.isfinite().all()
+
+
 @pytest.mark.parametrize("failing", [{1}, {2}, {1, 2, 3}], ids=str)
 @pytest.mark.parametrize("host_pages", [0, 40], ids=["one graph", "a graph for each layer"])
 def test_buckets_for_which_memory_does_not_suffice_are_left_out(

@@ -1,10 +1,13 @@
 """`--cuda-graph` and `--append-impl`: what the record says, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
 from support.cli import failure_of, invoke, record_of
+from support.graphs import GraphBackend
 
+from hstu_cli.config import MODEL_PRESETS
 from hstu_cli.data.synthetic import SyntheticOptions, prepare_synthetic
 
 
@@ -76,3 +79,73 @@ def test_benchmarks_take_it_too(command: str) -> None:
     arguments = [command, "--config", "tiny", *shape, "--num-iters", "1", "--device", "cpu"]
     assert record_of(*arguments)["append"] == {"name": "torch", "reason": "auto: the one for cpu"}
     assert "NVIDIA" in failure_of(3, *arguments, "--append-impl", "flashinfer")
+
+
+@pytest.fixture
+def graphs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--device cpu` is a CPU that keeps and repeats captured work; Triton's kernels run in the interpreter."""
+    monkeypatch.setattr("hstu_cli.backend.choice.BACKENDS", (GraphBackend,))
+
+
+IN_PADDING = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
+"""Rows of padding hold anything; numpy, which the interpreter computes with, says so."""
+
+
+@IN_PADDING
+@pytest.mark.triton
+@pytest.mark.usefixtures("graphs_on_a_cpu")
+def test_infer_replays_what_it_captured(root: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(MODEL_PRESETS["tiny"].to_dict() | {"max_history": 8, "max_candidates": 4}))
+    options = ["--impl", "triton", "--append-impl", "triton", "--page-size", 16, "--verify-cache", 2, "--steps", 2]
+    record = record_of(*infer(root, *options, "--config", config, "--batch-size", 3))
+    graphs = record["cuda_graph"]
+    assert (graphs["enabled"], graphs["reason"]) == (True, "auto: impl triton can be captured")
+    assert graphs["buckets"] == [{"batch_size": 3, "num_tokens": 64}, {"batch_size": 3, "num_tokens": 3 * (6 + 16 + 4)}]
+    assert (graphs["captured_graphs"], graphs["layerwise"], graphs["left_out"]) == (2, False, [])
+    assert graphs["replays"] == record["num_batches"] == 2
+    assert graphs["memory_bytes"] > 0
+    assert record["kv_cache"]["append_impl"] == "triton"
+
+
+@pytest.mark.usefixtures("graphs_on_a_cpu")
+def test_an_implementation_that_cannot_be_captured_is_refused_or_runs_without(root: Path) -> None:
+    assert "impl blocked reads" in failure_of(2, *infer(root, "--impl", "blocked", "--cuda-graph"))
+    record = record_of(*infer(root, "--impl", "blocked"))
+    assert not record["cuda_graph"]["enabled"]
+    assert "impl blocked reads" in record["cuda_graph"]["reason"]
+
+
+E2E = ["bench-e2e", "--config", "tiny", "--history-step", "8", "--num-batches", "2", "--candidates", "4"]
+
+
+@IN_PADDING
+@pytest.mark.triton
+@pytest.mark.usefixtures("graphs_on_a_cpu")
+def test_bench_e2e_times_graphs_of_its_own_size() -> None:
+    options = [
+        "--num-users",
+        "2",
+        "--num-iters",
+        "1",
+        "--num-iters-warmup",
+        "1",
+        "--page-size",
+        "16",
+        "--device",
+        "cpu",
+    ]
+    rows = record_of(*E2E, *options, "--impl", "triton")["rows"]
+    assert [row["variant"] for row in rows] == ["baseline", "kvcache", "kvcache+graph"]
+    graphs = rows[2]["cuda_graph"]
+    # The first batch has the six context tokens too.
+    assert [bucket["num_tokens"] for bucket in graphs["buckets"]] == [2 * (8 + 4), 2 * (6 + 8 + 4)]
+    assert (graphs["replays"], graphs["eager_steps"]) == (2 * 2, 0)
+    assert rows[2]["max_abs_logit_difference"] < 1e-4
+    assert "cuda_graph" not in rows[1]
+
+
+@pytest.mark.usefixtures("graphs_on_a_cpu")
+def test_bench_e2e_says_why_a_variant_does_not_run() -> None:
+    rows = record_of(*E2E, "--num-users", "1", "--num-iters", "1", "--impl", "blocked", "--device", "cpu")["rows"]
+    assert "impl blocked reads" in rows[2]["skipped"]

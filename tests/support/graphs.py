@@ -50,7 +50,7 @@ class RecordedPool:
 class GraphBackend(DeferredBackend):
     """A CPU with graphs, and with copies that happen as late as the protocol allows."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: int = 0) -> None:
         super().__init__()
         self.pool = RecordedPool()
 
