@@ -209,6 +209,27 @@ def test_buckets_for_which_memory_does_not_suffice_are_left_out(
     assert (runner.replays, runner.eager_steps) == ((0, 1) if len(lost) == len(BUCKETS) else (1, 0))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: out of memory"),
+        UnavailableError("an H200 has not the resources for any configuration: M=64 N=64: CUDA out of memory."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_may_run_out_anywhere(model: RankingModel, error: Exception) -> None:
+    """In the driver, and where a kernel is tuned; nothing is left to replay, and steps run as ever."""
+    backend = GraphBackend()
+    backend.pool.fails_at, backend.pool.error = set(range(1, 9)), error
+    cache = KVCacheManager(KVCacheConfig(60, 4), CONFIG, torch.float32, backend)
+    runner = HostGraphRunner(model.layers, cache, "blocked", (*BUCKETS, Bucket(3, 4)))  # fewer tokens than sequences
+    runner.capture()
+    assert len(runner.left_out) == 4
+    backend.pool.fails_at = set()
+    runner.capture()
+    assert runner.left_out == []
+
+
 def test_other_errors_of_a_capture_go_on(model: RankingModel, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = KVCacheManager(KVCacheConfig(60, 4), CONFIG, torch.float32, GraphBackend())
     runner = HostGraphRunner(model.layers, cache, "blocked", BUCKETS)

@@ -1,7 +1,7 @@
 """On an NVIDIA GPU: replays are the captured work bit for bit, scores stay right, and copies hide behind layers."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -128,13 +128,13 @@ class TimedCopies(CudaBackend):
         super().__init__()
         self.ends: list[torch.cuda.Event] = []
 
-    def submit_copy(self, copy: Callable[[], None]) -> Event:
+    def submit_copy(self, copy: Callable[[], None], *, to_host: bool, after: Sequence[Event] = ()) -> Event:
         def timed() -> None:
             copy()
             self.ends.append(torch.cuda.Event(enable_timing=True))
             self.ends[-1].record()
 
-        return super().submit_copy(timed)
+        return super().submit_copy(timed, to_host=to_host, after=after)
 
 
 def test_copies_of_later_layers_run_while_earlier_layers_compute() -> None:

@@ -144,7 +144,8 @@ def test_evicted_users_come_back_from_the_host_bit_for_bit() -> None:
     assert (counters.bytes_offloaded, counters.bytes_onloaded) == (8 * PAGE_BYTES, 4 * PAGE_BYTES)
 
 
-def test_transfers_touch_the_pages_they_name_and_no_other() -> None:
+@pytest.mark.parametrize("to_host", [False, True])
+def test_transfers_touch_the_pages_they_name_and_no_other(to_host: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     source, target = (PageStorage(torch.randn(3, 6, 2, PAGE_SIZE, 2, 4, generator=generator)) for _ in range(2))
     expected_source, expected = source.pages.clone(), target.pages.clone()
@@ -154,7 +155,7 @@ def test_transfers_touch_the_pages_they_name_and_no_other() -> None:
             expected[:, b] = source.pages[:, a]
     backend = DeferredBackend()
     untouched = target.pages.clone()
-    job = start_transfer(backend, source, target, copies)
+    job = start_transfer(backend, source, target, copies, to_host=to_host)
     assert torch.equal(target.pages, untouched)
     job.wait_layer(0)
     assert torch.equal(target.pages[0], expected[0])
@@ -191,8 +192,24 @@ def test_neighbours_in_host_memory_are_copied_together(monkeypatch: pytest.Monke
         copied.append((list(pages), list(target_pages)))
 
     monkeypatch.setattr(PageStorage, "copy_layer_to", note)
-    start_transfer(Backend(), source, target, [PageCopy([7, 2, 4], [1, 0, 5]), PageCopy([3, 5], [7, 2])])
-    assert copied == [([2, 3, 4, 5, 7], [0, 7, 5, 2, 1])]
+    copies = [PageCopy([7, 2, 4], [1, 0, 5]), PageCopy([3, 5], [7, 2])]
+    for to_host in (False, True):
+        start_transfer(Backend(), source, target, copies, to_host=to_host)
+    assert copied == [([2, 3, 4, 5, 7], [0, 7, 5, 2, 1]), ([2, 7, 5, 4, 3], [0, 1, 2, 5, 7])]
+
+
+def test_a_page_is_written_back_before_something_else_is_copied_into_it() -> None:
+    """Layer by layer: the copies of the other direction do not wait for a whole victim."""
+    device, first, second = (PageStorage(torch.randn(3, 1, 2, PAGE_SIZE, 2, 4)) for _ in range(3))
+    old, new = device.pages.clone(), second.pages.clone()
+    backend = DeferredBackend()
+    write_back = start_transfer(backend, device, first, [PageCopy([0], [0])], to_host=True)
+    onload = start_transfer(backend, second, device, [PageCopy([0], [0])], to_host=False, after=[write_back])
+    for layer in range(3):
+        onload.wait_layer(layer)
+        assert backend.num_pending == 2 * (2 - layer)
+        assert torch.equal(device.pages[: layer + 1], new[: layer + 1])
+        assert torch.equal(first.pages[: layer + 1], old[: layer + 1])
 
 
 def state(manager: KVCacheManager) -> tuple[object, ...]:

@@ -155,8 +155,12 @@ class Backend:
         """Begin to time the work that is queued from now on."""
         return WallTimer()
 
-    def submit_copy(self, copy: Callable[[], None]) -> Event:
-        """Run tensor copies beside the compute work, behind what is queued of either; return their end."""
+    def submit_copy(self, copy: Callable[[], None], *, to_host: bool, after: Sequence[Event] = ()) -> Event:
+        """Run tensor copies beside the compute work; return their end.
+
+        They come behind what is queued of the compute work and of copies in the same direction, and behind the events
+        `after`. Copies to the host and from it run side by side.
+        """
         copy()
         return Event()
 

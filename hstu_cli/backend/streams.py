@@ -33,15 +33,15 @@ class StreamEvent(Event):
     """A moment in a device stream, recorded with the device module's own event."""
 
     def __init__(self, event: Any, device_module: Any) -> None:
-        self._event, self._module = event, device_module
+        self.event, self._module = event, device_module
 
     def wait(self) -> None:
         """See `Event`."""
-        self._module.current_stream().wait_event(self._event)
+        self._module.current_stream().wait_event(self.event)
 
     def synchronize(self) -> None:
         """See `Event`."""
-        self._event.synchronize()
+        self.event.synchronize()
 
 
 class StreamGraph:
@@ -98,7 +98,7 @@ class StreamBackend(Backend):
 
     def __init__(self, index: int = 0) -> None:
         super().__init__(index)
-        self._copy_stream: Any = None
+        self._copy_streams: dict[bool, Any] = {}  # to the host, and from it
 
     @classmethod
     def module(cls) -> Any:
@@ -161,16 +161,19 @@ class StreamBackend(Backend):
         """See `Backend`: device events."""
         return StreamTimer(self.module())
 
-    def submit_copy(self, copy: Callable[[], None]) -> Event:
-        """See `Backend`: the copies run on one side stream, in order."""
+    def submit_copy(self, copy: Callable[[], None], *, to_host: bool, after: Sequence[Event] = ()) -> Event:
+        """See `Backend`: a side stream for each direction."""
         module = self.module()
-        if self._copy_stream is None:
-            self._copy_stream = module.Stream(device=self.device)
-        self._copy_stream.wait_stream(module.current_stream(self.device))
-        with module.stream(self._copy_stream):
+        if to_host not in self._copy_streams:
+            self._copy_streams[to_host] = module.Stream(device=self.device)
+        stream = self._copy_streams[to_host]
+        stream.wait_stream(module.current_stream(self.device))
+        for event in after:
+            stream.wait_event(event.event)
+        with module.stream(stream):
             copy()
             event = module.Event()
-            event.record(self._copy_stream)
+            event.record(stream)
         return StreamEvent(event, module)
 
     def device_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -133,7 +133,7 @@ class BlockWorkload:
         if self._host is None:
             raise ValueError("nothing is in host memory; call copy_to_host first")
         ids = self.page_ids[:, : -(-num_cached // self.page_size)].flatten().tolist()
-        return start_transfer(self.backend, self._host, self.storage, [PageCopy(ids, ids)])
+        return start_transfer(self.backend, self._host, self.storage, [PageCopy(ids, ids)], to_host=False)
 
     def _plan(self, num_cached: int) -> BatchPlan:
         """The batch of the tokens that are not cached."""

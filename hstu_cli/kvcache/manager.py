@@ -135,7 +135,7 @@ class KVCacheManager:
             jobs = self._write_back(reservation.victims.users, len(host_hold.pages))
             self.counters.evictions += len(reservation.victims.users)
             self.device.take_pages(reservation)
-            jobs += self._onload(reservation, onloaded)
+            jobs += self._onload(reservation, onloaded, jobs)
         except BaseException:
             try:
                 self.backend.synchronize()  # copies that did start must not write into pages that are free again
@@ -260,6 +260,7 @@ class KVCacheManager:
                 self.device_storage,
                 self.host_storage,
                 [PageCopy(self.device.get(user).pages, pages[user]) for user in sizes],
+                to_host=True,
             )
             tokens = {user: self.device.get(user).tokens for user in sizes}
             if self.config.verify_host:
@@ -272,15 +273,19 @@ class KVCacheManager:
         self.counters.bytes_offloaded += sum(sizes.values()) * self.page_bytes
         return [job]
 
-    def _onload(self, reservation: Reservation, users: list[int]) -> list[TransferJob]:
-        """Copy the users' pages from host memory to the first of their reserved pages."""
+    def _onload(
+        self, reservation: Reservation, users: list[int], write_backs: Sequence[TransferJob]
+    ) -> list[TransferJob]:
+        """Copy the users' pages from host memory to the first of their reserved pages, some of them victims' before."""
         if not users:
             return []
         copies = []
         for user in users:
             source = self.host.get(user).pages
             copies.append(PageCopy(source, self.device.pages_of(reservation, user)[: len(source)]))
-        job = start_transfer(self.backend, self.host_storage, self.device_storage, copies)
+        job = start_transfer(
+            self.backend, self.host_storage, self.device_storage, copies, to_host=False, after=write_backs
+        )
         self.counters.bytes_onloaded += sum(len(copy.source_pages) for copy in copies) * self.page_bytes
         return [job]
 

@@ -22,6 +22,10 @@ class TransferJob:
     def __init__(self, layer_events: list[Event]) -> None:
         self._layer_events = layer_events
 
+    def layer_event(self, layer: int) -> Event:
+        """The end of this layer's copies."""
+        return self._layer_events[layer]
+
     def wait_layer(self, layer: int) -> None:
         """Make the work that is queued from now on see the pages of this layer."""
         self._layer_events[layer].wait()
@@ -36,23 +40,31 @@ class TransferJob:
 
 
 def start_transfer(
-    backend: Backend, source: PageStorage, target: PageStorage, copies: Sequence[PageCopy]
+    backend: Backend,
+    source: PageStorage,
+    target: PageStorage,
+    copies: Sequence[PageCopy],
+    *,
+    to_host: bool,
+    after: Sequence[TransferJob] = (),
 ) -> TransferJob:
-    """Queue the copies on the backend's copy stream, layer after layer, behind the work queued so far.
+    """Queue the copies of one direction, layer after layer, behind the work queued so far.
 
-    All copies of a backend are on one stream, and that is what keeps pages safe that change hands. Pages of a victim
-    are written back before anything new is copied into them (same stream, queued earlier) and before a batch appends
-    to them (a layer waits for its event of every job of the batch). Pages that are copied from, in host memory, are
-    not written to before they were read (same stream again), though the books call them free as soon as the batch is
-    complete. And a copy reads or writes device pages only after all work that was queued before it, so that neither a
-    batch that still reads an entry's pages nor one that still appends to them is disturbed when the entry is evicted.
+    after: jobs whose copies of a layer come before this one's of that layer.
+
+    Pages that change hands are safe for these reasons. A copy comes behind all compute work that was queued before it,
+    so no batch that still reads or appends to an entry's pages is disturbed when the entry is evicted. A batch's layers
+    wait for all of its jobs, or `cancel` does; so compute work, and with it every copy that is queued later, comes
+    behind the copies of earlier batches, in either direction: what was read from host memory may be overwritten there,
+    and what was written there can be read. Within a batch, pages of a victim are written back before something else is
+    copied into them (`after`) and before a layer appends to them (its event).
     """
     pairs = [pair for copy in copies for pair in zip(copy.source_pages, copy.target_pages, strict=True)]
-    on_host = 0 if source.pages.device.type == "cpu" else 1  # which of the two ids
-    pairs.sort(key=lambda pair: pair[on_host])  # neighbours in host memory are copied together
+    pairs.sort(key=lambda pair: pair[to_host])  # neighbours in host memory are copied together
     source_ids, target_ids = ([pair[i] for pair in pairs] for i in range(2))
     events = []
     for layer in range(source.num_layers):
         copy_layer = partial(source.copy_layer_to, target, layer, source_ids, target_ids)
-        events.append(backend.submit_copy(copy_layer))
+        before = [job.layer_event(layer) for job in after]
+        events.append(backend.submit_copy(copy_layer, to_host=to_host, after=before))
     return TransferJob(events)

@@ -230,7 +230,7 @@ class GraphRunner:
         self._load(bucket, *self._full_step(bucket))
         try:
             return [self._pool.capture(partial(work, part)) for part in parts]
-        except RuntimeError as error:
+        except (RuntimeError, UnavailableError) as error:  # the latter where no configuration of a kernel had room
             if "out of memory" not in str(error).lower():
                 raise
             return None

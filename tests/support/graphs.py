@@ -29,10 +29,11 @@ class RecordedGraph:
 class RecordedPool:
     """Captures as a device does: the work runs once to warm up, and not while it is captured.
 
-    fails_at: numbers of the captures that run out of memory.
+    fails_at: numbers of the captures that run out of memory; error: how that is told.
     """
 
     fails_at: set[int] = field(default_factory=set)
+    error: Exception = field(default_factory=lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
     graphs: list[RecordedGraph] = field(default_factory=list)
     num_tried: int = 0
     memory_bytes: int = 0
@@ -41,7 +42,7 @@ class RecordedPool:
         self.num_tried += 1
         work()
         if self.num_tried in self.fails_at:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise self.error
         self.graphs.append(RecordedGraph(work))
         self.memory_bytes = 1000  # of the first, which the others share
         return self.graphs[-1]
