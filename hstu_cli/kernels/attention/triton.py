@@ -3,6 +3,7 @@
 The host uses bounds alone, so that a launch captured in a graph serves every batch within them.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,9 @@ SMALL_BATCH = 32
 
 SPLIT_BLOCKS, MOST_SPLITS = 4, 16
 """A split has at least so many blocks of keys; so many splits share the keys of a row at most, as each adds traffic."""
+
+MORE_SPLITS, FEW_ROUNDS = "split", 4
+"""The variant with twice the splits, and below how many programs for each multiprocessor it is tried."""
 
 REDUCED_ELEMENTS = 1024
 """Elements of the output for each program that adds the splits."""
@@ -89,11 +93,27 @@ class _Call:
 
     def num_splits(self, config: LaunchConfig) -> int:
         """Programs that share the keys of a row, so that all multiprocessors have work; from bounds alone."""
-        num_tiles = max(self.plan.num_sequences, triton.cdiv(self.q.shape[0], config.block("BLOCK_M")))
         most_cached = self.page_plan.max_cached_tokens if self.page_plan is not None else 0
         num_blocks = triton.cdiv(most_cached + self.plan.max_new_tokens, config.block("BLOCK_N"))
-        wanted = self.num_multiprocessors // (num_tiles * self.q.shape[1])
+        wanted = self.num_multiprocessors // self._num_programs(config)
+        if config.variant == MORE_SPLITS:
+            wanted = max(2, 2 * wanted)
         return max(1, min(wanted, num_blocks // SPLIT_BLOCKS, MOST_SPLITS))
+
+    def choices(self, chip: int) -> list[LaunchConfig]:
+        """The configurations to choose from; where programs are few, also with twice the splits.
+
+        The first rows of a causal batch have few keys and the last ones many, so that a single round of programs
+        leaves half of the device waiting for the longest.
+        """
+        configs = configurations(chip, self.q.dtype, self.q.shape[2])
+        few = [config for config in configs if self._num_programs(config) < FEW_ROUNDS * self.num_multiprocessors]
+        return [*configs, *(dataclasses.replace(config, variant=MORE_SPLITS) for config in few)]
+
+    def _num_programs(self, config: LaunchConfig) -> int:
+        """Tiles of rows times heads, as if no sequence began within a tile of another."""
+        num_tiles = max(self.plan.num_sequences, triton.cdiv(self.q.shape[0], config.block("BLOCK_M")))
+        return num_tiles * self.q.shape[1]
 
     @property
     def page_size(self) -> int:
@@ -183,7 +203,7 @@ def configurations(chip: int, dtype: torch.dtype, head_dim: int) -> list[LaunchC
 
 _LARGE = {
     64: ((128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
-    128: ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)),
+    128: ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2)),
     256: ((128, 64, 8, 2), (128, 32, 8, 4), (64, 64, 8, 2)),
 }
 _SMALL = {
