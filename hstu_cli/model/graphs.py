@@ -102,8 +102,8 @@ class GraphRunner:
         device = pages.device
         self._x = torch.zeros(most_tokens, config.hidden_dim, dtype=pages.dtype, device=device)
         largest = Bucket(most_tokens, most_sequences)
-        self._int32 = torch.zeros_like(packed(self._int32_sizes(largest), device)[0], device=device)
-        self._int64 = torch.zeros_like(packed(_int64_sizes(largest), device)[0], device=device)
+        self._int32 = torch.zeros(_length(self._int32_sizes(largest)), dtype=torch.int32, device=device)
+        self._int64 = torch.zeros(_length(_int64_sizes(largest)), dtype=torch.int64, device=device)
         slots = self.cache.spare_slots
         self._padding_slots = torch.arange(most_tokens) % len(slots) + slots.start
 
@@ -192,7 +192,7 @@ class GraphRunner:
     def static_attention(self, bucket: Bucket) -> Attention:
         """The attention of a bucket's captured batch: sizes are on the device alone, and bounded."""
         storage, config = self.storage, self.config
-        parts = packed(self._int32_sizes(bucket), self._x.device)[1]
+        parts = _places(self._int32_sizes(bucket))
         offsets, candidates, indptr, lengths, ids = (self._int32[part] for part in parts)
         plan = BatchPlan(
             seq_offsets=offsets,
@@ -212,7 +212,7 @@ class GraphRunner:
             tables=None,
             lengths=None,
         )
-        rows, slots = (self._int64[part] for part in packed(_int64_sizes(bucket), self._x.device)[1])
+        rows, slots = (self._int64[part] for part in _places(_int64_sizes(bucket)))
         return PagedAttention(config, storage, [], plan, page_plan, rows, slots, self.impl, self.cache.append.name)
 
     def _capture_if_it_fits(self, bucket: Bucket) -> list[Graph] | None:
@@ -293,6 +293,16 @@ class GraphRunner:
 def _int64_sizes(bucket: Bucket) -> list[torch.Tensor]:
     """Empty tensors as long as those in the int64 buffer: a row and a slot for each token."""
     return [torch.empty(bucket.num_tokens, dtype=torch.int64) for _ in range(2)]
+
+
+def _length(parts: Sequence[torch.Tensor]) -> int:
+    """Of the buffer in which these lie at aligned places."""
+    return len(packed(parts, torch.device("cpu"))[0])
+
+
+def _places(parts: Sequence[torch.Tensor]) -> list[slice]:
+    """Where they lie there."""
+    return packed(parts, torch.device("cpu"))[1]
 
 
 def _padded(tensor: torch.Tensor, length: int, value: int) -> torch.Tensor:
