@@ -196,39 +196,45 @@ def configurations(chip: int, dtype: torch.dtype, head_dim: int) -> list[LaunchC
     size = max(64, triton.next_power_of_2(head_dim))
     table = FP32_CONFIGS if dtype == torch.float32 else HALF_CONFIGS[chip]
     return [
-        LaunchConfig.of(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
-        for block_m, block_n, num_warps, num_stages in table[size]
+        LaunchConfig.of(
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages, max_registers=max_registers
+        )
+        for block_m, block_n, num_warps, num_stages, max_registers in table[size]
     ]
 
 
-# Loads run ahead of the products by stages - 1 blocks from 9.0 on, before that by stages - 2.
-_LARGE = {
-    64: ((128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
-    128: ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2)),
-    256: ((128, 64, 8, 2), (128, 32, 8, 4), (64, 64, 8, 2)),
-}
-_SMALL = {
-    64: ((128, 64, 8, 3), (64, 64, 4, 3)),
-    128: ((128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 3)),
-    256: ((64, 32, 8, 2), (64, 64, 8, 1), (64, 16, 4, 3)),
+# Loads run ahead of the products by stages - 1 blocks from 9.0 on, before that by stages - 2. With 128 registers two
+# programs of 8 warps share a multiprocessor: one multiplies while the other is at SiLU.
+_8_9 = {
+    64: ((128, 64, 8, 3, None), (64, 64, 4, 3, None)),
+    128: ((128, 64, 8, 3, None), (128, 32, 8, 3, None), (64, 64, 4, 3, None)),
+    256: ((64, 32, 8, 2, None), (64, 64, 8, 1, None), (64, 16, 4, 3, None)),
 }
 HALF_CONFIGS = {
     80: {
-        64: ((128, 64, 8, 3), (64, 64, 4, 3)),
-        128: ((128, 64, 8, 3), (64, 64, 4, 3)),
-        256: ((128, 32, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+        64: ((128, 64, 8, 3, None), (64, 64, 4, 3, None)),
+        128: ((128, 64, 8, 3, None), (64, 64, 4, 3, None)),
+        256: ((128, 32, 8, 3, None), (128, 64, 8, 2, None), (64, 64, 8, 2, None)),
     },
-    89: _SMALL,
-    90: _LARGE,
-    100: _LARGE,
-    120: _SMALL,
+    89: _8_9,
+    90: {
+        64: ((128, 64, 8, 3, 128), (128, 128, 8, 3, None), (64, 64, 4, 3, None)),
+        128: ((128, 64, 8, 2, 128), (128, 64, 8, 3, None), (64, 64, 4, 2, None)),
+        256: ((128, 64, 8, 2, None), (128, 32, 8, 4, None), (64, 64, 8, 2, None)),
+    },
+    100: {
+        64: ((128, 128, 8, 3, None), (128, 64, 4, 3, None), (64, 64, 4, 3, None)),
+        128: ((128, 64, 8, 3, None), (128, 128, 8, 2, None), (64, 64, 4, 2, None)),
+        256: ((128, 64, 8, 2, None), (128, 32, 8, 4, None), (64, 64, 8, 2, None)),
+    },
+    120: _8_9,
 }
-"""For bf16 and fp16: BLOCK_M, BLOCK_N, num_warps, num_stages by chip and head_dim, rounded up."""
+"""For bf16 and fp16: BLOCK_M, BLOCK_N, num_warps, num_stages and max_registers by chip and head_dim, rounded up."""
 
 FP32_CONFIGS = {
-    64: ((64, 32, 8, 1),),
-    128: ((64, 32, 8, 1), (32, 32, 8, 1)),
-    256: ((32, 32, 8, 1), (32, 16, 8, 1)),
+    64: ((64, 32, 8, 1, None),),
+    128: ((64, 32, 8, 1, None), (32, 32, 8, 1, None)),
+    256: ((32, 32, 8, 1, None), (32, 16, 8, 1, None)),
 }
 """For fp32, which is multiplied without matrix units: the same for all chips."""
 
@@ -263,6 +269,7 @@ def kernel_specs(chip: int, page_size: int) -> list[AotSpec]:
             num_stages=config.num_stages,
             label=f"{type_name(dtype)} d={head_dim}{' split' * split}{' pages' * (page_size > 0)} {config.label}",
             aligned=STRIDES,
+            max_registers=config.max_registers,
         )
         for dtype in (torch.bfloat16, torch.float32)
         for head_dim in (256, 128, 64)
