@@ -19,6 +19,7 @@ class StandInModule:
 
     def __init__(self) -> None:
         self.calls: list[object] = []
+        self.streams: list[StandInStream] = []
         self.reserved = 100
         self.stream_name = "compute"
         self.capturing = False
@@ -31,6 +32,9 @@ class StandInModule:
 
     def Stream(self, device: torch.device) -> "StandInStream":  # noqa: N802 as torch calls it
         return StandInStream(self)
+
+    def Event(self) -> "StandInEvent":  # noqa: N802 as torch calls it
+        return StandInEvent()
 
     @contextmanager
     def stream(self, stream: "StandInStream") -> Iterator[None]:
@@ -60,9 +64,22 @@ class StandInModule:
 class StandInStream:
     def __init__(self, module: StandInModule) -> None:
         self.module = module
+        self.name = f"stream {len(module.streams)}"
+        module.streams.append(self)
 
     def wait_stream(self, stream: str) -> None:
         self.module.calls.append(f"side waits for {stream}")
+
+    def wait_event(self, event: "StandInEvent") -> None:
+        self.module.calls.append(f"{self.name} waits for {event.name}")
+
+
+class StandInEvent:
+    name = "an event that nobody recorded"
+
+    def record(self, stream: StandInStream) -> None:
+        self.name = f"copy {len(stream.module.calls)}"
+        stream.module.calls.append(f"{self.name} ends in {stream.name}")
 
 
 class StandInGraph:
@@ -135,6 +152,25 @@ def test_a_capture_that_fails_ends_and_leaves_the_stream(module: StandInModule) 
     module.calls.clear()
     pool.capture(work(module, 100)).replay()
     assert pool.memory_bytes == 100
+
+
+def test_copies_have_a_stream_for_each_direction_and_wait_for_what_they_are_told(module: StandInModule) -> None:
+    backend = CudaBackend()
+    copied: list[str] = []
+
+    def copy() -> None:
+        copied.append(module.stream_name)
+
+    first = backend.submit_copy(copy, to_host=True)
+    backend.submit_copy(copy, to_host=False, after=[first])
+    backend.submit_copy(copy, to_host=True)
+    assert module.calls == [
+        "side waits for compute", "copy 1 ends in stream 0",
+        "side waits for compute", "stream 1 waits for copy 1", "copy 4 ends in stream 1",
+        "side waits for compute", "copy 6 ends in stream 0",
+    ]  # fmt: skip
+    assert copied == ["side"] * 3
+    assert module.stream_name == "compute"
 
 
 def test_a_device_without_graphs_says_what_is_missing(module: StandInModule, monkeypatch: pytest.MonkeyPatch) -> None:

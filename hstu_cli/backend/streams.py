@@ -161,7 +161,7 @@ class StreamBackend(Backend):
         """See `Backend`: device events."""
         return StreamTimer(self.module())
 
-    def submit_copy(self, copy: Callable[[], None], *, to_host: bool, after: Sequence[Event] = ()) -> Event:
+    def submit_copy(self, copy: Callable[[], None], *, to_host: bool, after: Sequence[StreamEvent] = ()) -> Event:
         """See `Backend`: a side stream for each direction."""
         module = self.module()
         if to_host not in self._copy_streams:
