@@ -3,7 +3,7 @@
 Only this package names `torch.cuda` and `torch.npu`.
 """
 
-from hstu_cli.backend.base import Backend, Event, Graph, GraphPool, WallTimer, upload
+from hstu_cli.backend.base import Backend, Event, Graph, GraphPool, WallTimer, packed, upload
 from hstu_cli.backend.choice import BACKENDS, DTYPES, DeviceChoice, backend_of, open_device, resolve_dtype
 from hstu_cli.backend.streams import CudaBackend, NpuBackend, StreamBackend
 
@@ -21,6 +21,7 @@ __all__ = [
     "WallTimer",
     "backend_of",
     "open_device",
+    "packed",
     "resolve_dtype",
     "upload",
 ]

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hstu_cli.backend import Backend, Graph, GraphPool
-from hstu_cli.backend.base import packed
+from hstu_cli.backend import Backend, Graph, GraphPool, packed
 from hstu_cli.errors import UnavailableError, UsageError
 from hstu_cli.kernels import BatchPlan, PagePlan, plan_batch, plan_pages
 from hstu_cli.kvcache import KVCacheManager
