@@ -272,7 +272,7 @@ def kernel_specs(chip: int, page_size: int) -> list[AotSpec]:
             max_registers=config.max_registers,
         )
         for dtype in (torch.bfloat16, torch.float32)
-        for head_dim in (256, 128, 64)
+        for head_dim in (128, 256, 64)
         for split in (False, True)
         for config in configurations(chip, dtype, head_dim)
     ]
