@@ -100,7 +100,7 @@ class MatrixTiles {
   }
 
  private:
-  static constexpr int64_t ONE_HEAD_KEYS = 256, MANY_HEADS_KEYS = 128;
+  static constexpr int64_t ONE_HEAD_KEYS = 256, MANY_HEADS_KEYS = 160;
 
   // A key of each head as a row of left operands.
   void load_key(const KeyRow<bf16>& row, int64_t num_heads, bf16* tile) const {
