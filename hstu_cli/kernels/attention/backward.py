@@ -8,6 +8,9 @@ import torch.nn.functional as F
 
 from hstu_cli.kernels.attention import blocked
 
+FORBIDDEN = -1e4
+"""A score at which SiLU and its slope are 0 in every dtype: exp(1e4) is infinite."""
+
 # Shapes: a group of G sequences padded to R tokens, n of them before the candidates, H heads, d head_dim.
 
 
@@ -82,26 +85,23 @@ def attention_gradients(
     product each. Sums over blocks are taken in float32 at least.
     """
     value_scale, output_scale = blocked.split_scale(scaling_seqlen, q.dtype)
+    scales = (alpha, 1.0, value_scale, output_scale)
     sequences = [slice(start, end) for start, end in pairwise(offsets)]
     for group in blocked.groups_of_similar_size([s.stop - s.start for s in sequences], [0] * len(sequences)):
         rows = [sequences[b] for b in group]
         num_history = [r.stop - r.start - num_candidates[b] for r, b in zip(rows, group, strict=True)]
         if rows[0].stop - rows[0].start > blocked.BLOCK_ROWS:  # alone in its group
             for head in range(q.shape[1]):
-                operands = (x[rows[0], head] for x in (q, k, v, grad_out))  # [R, d]
-                scaled = (x * s for x, s in zip(operands, (alpha, 1.0, value_scale, output_scale), strict=True))
-                found = _long_gradients(*scaled, num_history[0])
-                for grad, one, scale in zip(grads, found, (alpha, 1.0, value_scale), strict=True):
-                    torch.mul(one, scale, out=grad[rows[0], head])
+                operands = [
+                    _scaled(x[rows[0], head], scale) for x, scale in zip((q, k, v, grad_out), scales, strict=True)
+                ]
+                found = _long_gradients(*operands, num_history[0])
+                for grad, one, scale in zip(grads, found, scales[:3], strict=True):
+                    grad[rows[0], head] = one if scale == 1.0 else one.mul_(scale)
             continue
-        padded = (
-            blocked.pad(q, rows).mul_(alpha),
-            blocked.pad(k, rows),
-            blocked.pad(v, rows).mul_(value_scale),
-            blocked.pad(grad_out, rows).mul_(output_scale),
-        )  # [H, G, R, d] each
-        found = _group_gradients(*padded, num_history)
-        for grad, one, scale in zip(grads, found, (alpha, 1.0, value_scale), strict=True):
+        padded = [blocked.pad(x, rows).mul_(scale) for x, scale in zip((q, k, v, grad_out), scales, strict=True)]
+        found = _group_gradients(*padded, num_history)  # [H, G, R, d] each
+        for grad, one, scale in zip(grads, found, scales[:3], strict=True):
             for r, sequence in zip(rows, one.mul_(scale).unbind(1), strict=True):
                 grad[r] = sequence[:, : r.stop - r.start].transpose(0, 1)
 
@@ -147,8 +147,12 @@ def _weights(scores: torch.Tensor, grad_scores: torch.Tensor, forbidden: torch.T
     scores, grad_scores: [..., keys, queries]; forbidden: bool [..., keys, C], which of the first C queries must not see
     a key: there both become 0.
     """
-    square = (..., slice(forbidden.shape[-1]))
-    scores[square].masked_fill_(forbidden, 0.0)  # SiLU(0) = 0
-    grad_scores[square].masked_fill_(forbidden, 0.0)
+    scores[..., : forbidden.shape[-1]].masked_fill_(forbidden, FORBIDDEN)
     torch.ops.aten.silu_backward.grad_input(grad_scores, scores, grad_input=grad_scores)
     return F.silu(scores, inplace=True)
+
+
+def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """A contiguous copy of x times a factor."""
+    copy = x.clone(memory_format=torch.contiguous_format)
+    return copy if scale == 1.0 else copy.mul_(scale)

@@ -44,7 +44,8 @@ def fused_hstu_layer(
         raise ValueError(f"x must be [tokens, width] of a floating dtype, not {list(x.shape)} {x.dtype}")
     if len(x) != plan.num_tokens or x.device != plan.seq_offsets.device:
         raise ValueError(
-            f"the batch was planned for {plan.num_tokens} tokens on {plan.seq_offsets.device}, not {len(x)} on {x.device}"
+            f"the batch was planned for {plan.num_tokens} tokens on {plan.seq_offsets.device}, "
+            f"not {len(x)} on {x.device}"
         )
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, not {recompute!r}")

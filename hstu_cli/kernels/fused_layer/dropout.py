@@ -19,7 +19,7 @@ def dropout_scale(share: float) -> float:
 
 
 def dropout_mask(num_rows: int, width: int, share: float, seed: int, device: torch.device) -> torch.Tensor:
-    """Which elements are dropped, bool [num_rows, width]: the same for the same arguments on the same kind of device."""
+    """Which elements are dropped, bool [num_rows, width]; equal arguments make equal masks on a kind of device."""
     generator = torch.Generator(device).manual_seed(seed)
     numbers = torch.empty(-(-num_rows * width // 4), dtype=torch.int64, device=device)
     numbers.random_(-(2**63), None, generator=generator)  # every bit is random

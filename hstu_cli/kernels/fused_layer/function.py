@@ -86,7 +86,7 @@ class FusedLayer(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, plan: BatchPlan, settings: LayerSettings, pieces: Pieces, *weights: torch.Tensor
     ) -> torch.Tensor:
-        """x' [T, D]."""
+        """The output [T, D]."""
         w = LayerWeights(*weights)
         ctx.plan, ctx.settings, ctx.pieces = plan, settings, pieces
         with torch.autocast(x.device.type, enabled=False):
