@@ -10,7 +10,7 @@ READY  := $(VENV)/.ready
 TORCHREC      := torchrec==1.8.0
 TORCHREC_DEPS := fbgemm-gpu-cpu==1.8.0 tensordict tqdm pyre-extensions
 
-.PHONY: help setup demo test sanitize lint format clean
+.PHONY: help setup demo test sanitize aot lint format clean
 
 help:  ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ sanitize: $(READY)  ## Run the operators' tests on native kernels built with san
 	CXX=g++ HSTU_KERNEL_CXXFLAGS="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest -k native tests/test_attention.py tests/test_paged_attention.py tests/test_native.py $(ARGS)
+
+aot: $(READY)  ## Compile the Triton kernels for every chip; no GPU is needed (add ARGS='--chip 90')
+	$(BIN)/python -m hstu_cli.kernels.triton.aot $(ARGS)
 
 lint: $(READY)  ## Check style and formatting
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ Only this file names `torch.cuda` and `torch.npu`.
 """
 
 import contextlib
+import functools
 import importlib
 import math
 import mmap
@@ -120,6 +121,24 @@ class Backend:
         """Why work cannot be captured once and replayed as a graph; None where it can."""
         return "a CPU has no graphs to replay"
 
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        """Generation of an NVIDIA GPU, such as (9, 0); None for other devices."""
+        return None
+
+    @property
+    def num_multiprocessors(self) -> int:
+        """Multiprocessors of an NVIDIA GPU; 1 for other devices."""
+        return 1
+
+    def is_capturing(self) -> bool:
+        """Whether queued work is being captured into a graph instead of run."""
+        return False
+
+    def as_current(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which this is the device that kernels, streams and events mean where they name none."""
+        return contextlib.nullcontext()
+
     def start_timer(self) -> "WallTimer | StreamTimer":
         """Begin to time the work that is queued from now on."""
         return WallTimer()
@@ -207,6 +226,10 @@ class StreamBackend(Backend):
         """See `Backend`: this is the device that streams and events mean where they name none."""
         self.module().set_device(self.device.index)
 
+    def as_current(self) -> contextlib.AbstractContextManager[Any]:
+        """See `Backend`."""
+        return self.module().device(self.device)
+
     def release_memory(self) -> None:
         """See `Backend`."""
         self.module().empty_cache()
@@ -263,6 +286,20 @@ class CudaBackend(StreamBackend):
             return "torch finds no NVIDIA GPU; check that nvidia-smi lists one and that its driver is recent enough."
         return None
 
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        """See `Backend`."""
+        return torch.cuda.get_device_capability(self.device)
+
+    @property
+    def num_multiprocessors(self) -> int:
+        """See `Backend`."""
+        return torch.cuda.get_device_properties(self.device).multi_processor_count
+
+    def is_capturing(self) -> bool:
+        """See `Backend`."""
+        return torch.cuda.is_current_stream_capturing()
+
 
 class NpuBackend(StreamBackend):
     """An Ascend NPU, through torch_npu."""
@@ -290,6 +327,12 @@ class NpuBackend(StreamBackend):
 
 BACKENDS: tuple[type[Backend], ...] = (CudaBackend, NpuBackend, Backend)
 """In the order in which `auto` prefers them."""
+
+
+@functools.cache
+def backend_of(device: torch.device) -> Backend:
+    """The backend of a tensor's device; KeyError for a kind of device that none of them drives."""
+    return {kind.type: kind for kind in BACKENDS}[device.type](device.index or 0)
 
 
 @dataclass(frozen=True, slots=True)

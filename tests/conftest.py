@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from hstu_cli.backend import CudaBackend, NpuBackend
 from hstu_cli.bench import ceilings
 from hstu_cli.kernels.native.build import CACHE_VARIABLE, cache_folder, native_state
+from hstu_cli.kernels.triton.state import triton_state
 
 # Tests run one process per core: more threads in each would only wait for one another.
 torch.set_num_threads(1)
@@ -17,6 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Tests get a home folder each; the kernels are built once for all of them.
 os.environ.setdefault(CACHE_VARIABLE, str(cache_folder()))
+
+# Without a GPU Triton's kernels run in its interpreter, which is chosen before they are defined.
+if CudaBackend.why_unavailable():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(
     "hstu", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -38,6 +43,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if item.get_closest_marker(marker) and (reason := backend.why_unavailable()):
             pytest.skip(reason)
     if item.get_closest_marker("native") and not (state := native_state()).available:
+        pytest.skip(state.reason)
+    if item.get_closest_marker("triton") and not (state := triton_state()).available:
         pytest.skip(state.reason)
 
 

@@ -8,6 +8,7 @@ from hstu_cli.backend import Backend
 from hstu_cli.bench.session import wider
 from hstu_cli.config import ModelConfig
 from hstu_cli.kernels import BatchPlan, plan_batch, plan_pages
+from hstu_cli.kernels.dispatch import exact_impl
 from hstu_cli.kvcache.batch import PagedAttention
 from hstu_cli.kvcache.storage import PageStorage
 from hstu_cli.kvcache.transfers import PageCopy, TransferJob, start_transfer
@@ -112,7 +113,7 @@ class BlockWorkload:
         block = copy.deepcopy(self.block).to(device, dtype)
         length = self.num_history + self.num_candidates
         plan = plan_batch(torch.tensor([0, length]), torch.tensor([self.num_candidates]), length, device)
-        return block(self.x[0].to(device, dtype), JaggedAttention(self.config, plan, impl))
+        return block(self.x[0].to(device, dtype), JaggedAttention(self.config, plan, exact_impl(impl)))
 
     def copy_to_host(self) -> None:
         """Keep a copy of all pages in host memory, for `from_host`."""

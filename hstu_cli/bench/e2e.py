@@ -21,6 +21,7 @@ from hstu_cli.bench.session import (
 )
 from hstu_cli.config import ModelConfig
 from hstu_cli.errors import UsageError
+from hstu_cli.kernels.dispatch import exact_impl
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
 from hstu_cli.model.cost import SequenceShape, activation_bytes, block_bytes, block_flops, block_parameters
 from hstu_cli.model.engine import InferenceEngine
@@ -148,7 +149,7 @@ def run_e2e_benchmark(
     preset: whose published figures to add.
     """
     model = benchmark_model(config, seed)
-    exact = InferenceEngine(copy.deepcopy(model).to(wider(session.dtype)), impl)
+    exact = InferenceEngine(copy.deepcopy(model).to(wider(session.dtype)), exact_impl(impl))
     model = model.to(session.backend.device, session.dtype)
     lookups = {embedding: make_lookup(embedding, model) for embedding in embeddings}
     for done, workload in enumerate(workloads):

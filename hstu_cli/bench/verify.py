@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from hstu_cli.bench.session import wider
+from hstu_cli.kernels.dispatch import exact_impl
 from hstu_cli.model.engine import InferenceEngine
 from hstu_cli.model.tokens import UserRequest
 
@@ -33,7 +34,7 @@ class CacheVerifier:
 
     def __post_init__(self) -> None:
         model = copy.deepcopy(self.engine.model).to("cpu", wider(self.engine.model.dtype))
-        self._wide_engine = InferenceEngine(model, self.engine.impl)
+        self._wide_engine = InferenceEngine(model, exact_impl(self.engine.impl))
 
     def check(self, request_id: int, request: UserRequest, cached: np.ndarray) -> None:
         """Compare the cached logits [C, 8] of one request."""

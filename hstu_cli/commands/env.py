@@ -32,6 +32,7 @@ def env(
     from hstu_cli.errors import UnavailableError
     from hstu_cli.kernels.dispatch import IMPLEMENTATIONS, choose_impl
     from hstu_cli.kernels.native.build import native_state
+    from hstu_cli.kernels.triton.state import triton_state
     from hstu_cli.model.lookups import EMBEDDINGS, why_unavailable
     from hstu_cli.report import Reporter, environment, parse_metadata
 
@@ -60,6 +61,7 @@ def env(
         record["backends"] = {kind.type: _describe(kind) for kind in BACKENDS}
         operators = ("hstu_attention", "hstu_paged_attention")
         record["native"] = asdict(native)
+        record["triton"] = asdict(triton_state())
         record["implementations"] = {operator: list(IMPLEMENTATIONS) for operator in operators}
         reasons = {name: why_unavailable(name, backend.type) for name in EMBEDDINGS}
         record["embeddings"] = {
@@ -88,8 +90,9 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
         for name, embedding in record["embeddings"].items()
     }
     operators = {name: ", ".join(impls) for name, impls in record["implementations"].items()}
-    native = record["native"]
-    operators["native"] = native["reason"] if native["available"] else f"absent: {native['reason']}"
+    for name in ("native", "triton"):
+        state = record[name]
+        operators[name] = state["reason"] if state["available"] else f"absent: {state['reason']}"
     return [
         key_value_table("Backends", backends | chosen),
         key_value_table("Operators", operators),

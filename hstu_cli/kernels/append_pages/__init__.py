@@ -2,15 +2,57 @@
 
 import torch
 
+from hstu_cli.errors import UnavailableError, UsageError
+from hstu_cli.kernels.append_pages.flashinfer import why_unavailable as why_no_flashinfer
+from hstu_cli.kernels.dispatch import AUTO, ImplChoice
+from hstu_cli.kernels.triton.state import is_interpreting, triton_state
+
+APPEND_IMPLEMENTATIONS = ("triton", "flashinfer", "torch")
+"""All implementations there are, in the order in which `auto` prefers them on an NVIDIA GPU; elsewhere it is torch."""
+
+
+def choose_append_impl(
+    requested: str, device_type: str, dtype: torch.dtype, *, head_dim: int | None = None
+) -> ImplChoice:
+    """Resolve `--append-impl` for keys of such a dtype; an explicit name is kept or refused, never replaced.
+
+    head_dim: None where it is not known yet. Raises UsageError naming the choices, UnavailableError naming what is
+    missing.
+    """
+    if requested not in (AUTO, *APPEND_IMPLEMENTATIONS):
+        choices = ", ".join((AUTO, *APPEND_IMPLEMENTATIONS))
+        raise UsageError(f"There is no --append-impl {requested!r}; choose from {choices}.")
+    if requested != AUTO:
+        reason = _why_not(requested, device_type, dtype, head_dim)
+        if reason is not None:
+            raise UnavailableError(f"--append-impl {requested}: {reason}.")
+        return ImplChoice(requested, "as requested")
+    if device_type != "cuda":
+        return ImplChoice("torch", f"auto: the one for {device_type}")
+    reasons = []
+    for name in APPEND_IMPLEMENTATIONS:
+        reason = _why_not(name, device_type, dtype, head_dim)
+        if reason is None:
+            return ImplChoice(name, f"auto: {'; '.join(reasons) or 'the preferred one for cuda'}")
+        reasons.append(reason)
+    raise AssertionError("torch works everywhere")
+
 
 def append_to_pages(
-    k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    impl: str = "torch",
 ) -> None:
     """Write rows of k and v to slots of the pages, in place.
 
     k, v: [tokens, heads, head_dim]; rows: [n] int64, which tokens to write.
     pages: [num_pages, 2, page_size, heads, head_dim] of one layer; slots: [n] int64, each a page id
-    times page_size plus the place in the page, all different.
+    times page_size plus the place in the page, all different but for those that are never read.
+    impl: a name from `APPEND_IMPLEMENTATIONS`, as of `choose_append_impl`.
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
     if k.shape != v.shape or pages.shape[1:2] + pages.shape[3:] != (2, *k.shape[1:]) or rows.shape != slots.shape:
@@ -20,7 +62,26 @@ def append_to_pages(
         )
     if {k.dtype, v.dtype} != {pages.dtype} or len({t.device for t in (k, v, rows, pages, slots)}) > 1:
         raise ValueError("k, v and pages must have one dtype, and all arguments one device")
-    page_size = pages.shape[2]
-    page, place = slots // page_size, slots % page_size
-    pages[page, 0, place] = k[rows]
-    pages[page, 1, place] = v[rows]
+    match impl:
+        case "torch":
+            from hstu_cli.kernels.append_pages.reference import append
+        case "flashinfer":
+            from hstu_cli.kernels.append_pages.flashinfer import append
+        case "triton":
+            from hstu_cli.kernels.append_pages.triton import append
+        case _:
+            raise ValueError(f"impl must be one of {', '.join(APPEND_IMPLEMENTATIONS)}, not {impl!r}")
+    append(k, v, rows, pages, slots)
+
+
+def _why_not(name: str, device_type: str, dtype: torch.dtype, head_dim: int | None) -> str | None:
+    """Why an implementation cannot append such keys on this kind of device, as a clause; None where it can."""
+    if name == "torch":
+        return None
+    if name == "flashinfer":
+        return why_no_flashinfer(device_type, dtype, head_dim)
+    if not triton_state().available:
+        return triton_state().reason
+    if device_type != "cuda" and not (device_type == "cpu" and is_interpreting()):
+        return f"Triton kernels run on NVIDIA GPUs, and this device is {device_type}"
+    return None

@@ -32,9 +32,10 @@ def hstu_attention(
 
     M_ij is 1 where token i may see token j: for a history token, j <= i; for a candidate, j in the
     history or j == i. Returns o, [tokens, heads, head_dim] contiguous, in q's dtype; differentiable in
-    q, k and v, but for native.
-    Raises ValueError for inputs that do not fit together, and for native where a gradient is wanted;
-    UnavailableError for native where it cannot be built.
+    q, k and v, but for native and triton. Triton computes in float32, float16 and bfloat16, head dims up to 256; a
+    tensor whose last dimension is not contiguous it copies first.
+    Raises ValueError for inputs that do not fit together, and for native and triton where a gradient is wanted;
+    UnavailableError for native where it cannot be built, and for triton where it is not installed.
 
     Plans the batch on every call; who runs several layers on one batch calls `plan_batch` once and
     `jagged_attention` for each.
@@ -63,6 +64,10 @@ def jagged_attention(
             from hstu_cli.kernels.attention.backward import attention
         case "native":
             from hstu_cli.kernels.attention.native import attention
+        case "triton":
+            from hstu_cli.kernels.attention.triton import attention
+
+            return attention(q, k, v, plan, alpha=alpha, scaling_seqlen=scaling_seqlen)
     return attention(q, k, v, *plan.on_host(), alpha=alpha, scaling_seqlen=scaling_seqlen)
 
 

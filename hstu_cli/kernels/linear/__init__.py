@@ -3,19 +3,24 @@
 import torch
 
 from hstu_cli.kernels.dispatch import choose_impl_for
+from hstu_cli.kernels.inputs import check_alike
 
 
 def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     """`SiLU(x W' + b)`: x [rows, in], weight [out, in], bias [out], result [rows, out]; one floating dtype and device.
 
+    Inputs are fastest where elements of the last dimension are side by side; other layouts may be copied first.
     impl: `auto` or a name from `hstu_cli.kernels.dispatch.IMPLEMENTATIONS`; native keeps weights packed
-      while they are as they are, and rounds to a narrow dtype once instead of twice.
+      while they are as they are, and rounds to a narrow dtype once instead of twice; so does triton, save where
+      tuning finds torch's product faster.
     Raises ValueError for inputs that do not fit together.
     """
     _check(x, weight, "bias", bias, weight.shape[:1])
     match choose_impl_for(impl, x, weight, bias):
         case "native":
             from hstu_cli.kernels.linear.native import linear_silu
+        case "triton":
+            from hstu_cli.kernels.linear.triton import linear_silu
         case _:
             from hstu_cli.kernels.linear.reference import linear_silu
     return linear_silu(x, weight, bias)
@@ -29,6 +34,8 @@ def linear_residual(
     match choose_impl_for(impl, x, weight, residual):
         case "native":
             from hstu_cli.kernels.linear.native import linear_residual
+        case "triton":
+            from hstu_cli.kernels.linear.triton import linear_residual
         case _:
             from hstu_cli.kernels.linear.reference import linear_residual
     return linear_residual(x, weight, residual)
@@ -39,3 +46,4 @@ def _check(x: torch.Tensor, weight: torch.Tensor, name: str, added: torch.Tensor
         raise ValueError(f"x must be [rows, in] and weight [out, in], not {list(x.shape)} and {list(weight.shape)}")
     if added.shape != torch.Size(shape):
         raise ValueError(f"{name} must be {list(shape)}, not {list(added.shape)}")
+    check_alike(f"weight and {name}", x, weight, added)

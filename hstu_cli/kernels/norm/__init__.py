@@ -3,6 +3,7 @@
 import torch
 
 from hstu_cli.kernels.dispatch import choose_impl_for
+from hstu_cli.kernels.inputs import check_alike
 
 
 def layer_norm(
@@ -10,15 +11,17 @@ def layer_norm(
 ) -> torch.Tensor:
     """`(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension.
 
-    x: [rows, width], of which the last dimension is contiguous; weight, bias: [width]; result [rows, width]
+    x: [rows, width], best with the elements of a row side by side; weight, bias: [width]; result [rows, width]
     contiguous; one floating dtype and device. Mean and variance are taken in float32 at least.
     impl: `auto` or a name from `hstu_cli.kernels.dispatch.IMPLEMENTATIONS`.
     Raises ValueError for inputs that do not fit together.
     """
     _check(x, weight, bias, x)
-    choose_impl_for(impl, x, weight, bias)
-    from hstu_cli.kernels.norm.reference import layer_norm
-
+    match choose_impl_for(impl, x, weight, bias):
+        case "triton":
+            from hstu_cli.kernels.norm.triton import layer_norm
+        case _:
+            from hstu_cli.kernels.norm.reference import layer_norm
     return layer_norm(x, weight, bias, eps)
 
 
@@ -27,9 +30,11 @@ def layer_norm_mul(
 ) -> torch.Tensor:
     """`LayerNorm(x) * u`: u like x, [rows, width]; else as `layer_norm`."""
     _check(x, weight, bias, u)
-    choose_impl_for(impl, x, u, weight, bias)
-    from hstu_cli.kernels.norm.reference import layer_norm_mul
-
+    match choose_impl_for(impl, x, u, weight, bias):
+        case "triton":
+            from hstu_cli.kernels.norm.triton import layer_norm_mul
+        case _:
+            from hstu_cli.kernels.norm.reference import layer_norm_mul
     return layer_norm_mul(x, u, weight, bias, eps)
 
 
@@ -39,5 +44,4 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, u: torch.T
         raise ValueError(f"x must be [rows, width], weight and bias [width], not {shapes}")
     if u.shape != x.shape:
         raise ValueError(f"u must be {list(x.shape)} like x, not {list(u.shape)}")
-    if any(tensor.dtype != x.dtype or tensor.device != x.device for tensor in (u, weight, bias)):
-        raise ValueError(f"all inputs must be {x.dtype} on {x.device} like x")
+    check_alike("u, weight and bias", x, u, weight, bias)

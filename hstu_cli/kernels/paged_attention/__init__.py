@@ -82,6 +82,10 @@ def paged_attention(
             from hstu_cli.kernels.paged_attention.blocked import attention
         case "native":
             from hstu_cli.kernels.paged_attention.native import attention
+        case "triton":
+            from hstu_cli.kernels.paged_attention.triton import attention
+
+            return attention(q, k, v, plan, pages, page_plan, alpha=alpha, scaling_seqlen=scaling_seqlen)
     return attention(q, k, v, *plan.on_host(), pages, *page_plan.on_host(), alpha=alpha, scaling_seqlen=scaling_seqlen)
 
 
