@@ -114,6 +114,15 @@ class Backend:
         """Give freed memory back, so that `available_memory_bytes` counts it."""
         release_freed_memory()
 
+    def reset_peak_memory(self) -> int | None:
+        """Forget the peak so far; bytes of live tensors now. None where the device does not count them."""
+        return None
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """The most bytes of live tensors since `reset_peak_memory`; None where the device does not count them."""
+        return None
+
     def synchronize(self) -> None:
         """Wait until all queued work is done."""
 
@@ -233,6 +242,16 @@ class StreamBackend(Backend):
     def release_memory(self) -> None:
         """See `Backend`."""
         self.module().empty_cache()
+
+    def reset_peak_memory(self) -> int:
+        """See `Backend`."""
+        self.module().reset_peak_memory_stats(self.device.index)
+        return self.module().memory_allocated(self.device.index)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """See `Backend`."""
+        return self.module().max_memory_allocated(self.device.index)
 
     def synchronize(self) -> None:
         """See `Backend`."""

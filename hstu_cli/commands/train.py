@@ -47,7 +47,9 @@ def train(
     ] = None,
     recompute: Annotated[
         str,
-        typer.Option(help="Keep less for the backward pass: none, layernorm or layernorm+silu; results are the same."),
+        typer.Option(
+            help="Keep less for the backward pass: none, layernorm, silu or layernorm+silu; the result stays."
+        ),
     ] = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
     device: options.Device = "auto",

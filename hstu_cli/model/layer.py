@@ -55,7 +55,7 @@ class HSTULayer(nn.Module):
     """One layer: `x' = x + (LayerNorm(attention(q, k, v)) * u) W_o` with u, v, q, k from SiLU(norm(x) W).
 
     Equations 1 to 3 of "Actions Speak Louder than Words" (ICML 2024). Where gradients are wanted it is
-    `fused_hstu_layer`, unless the formulas are (impl `reference`) or keys are cached.
+    `fused_hstu_layer`, unless keys are cached.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -71,7 +71,7 @@ class HSTULayer(nn.Module):
     def forward(self, x: torch.Tensor, attention: Attention, layer: int) -> torch.Tensor:
         """X [T, D] to x' [T, D]."""
         impl = attention.impl
-        if isinstance(attention, JaggedAttention) and impl != "reference" and self._wants_gradients(x):
+        if isinstance(attention, JaggedAttention) and self._wants_gradients(x):
             return self._fused(x, attention)
         norm, output_norm = self.input_norm, self.output_norm
         normed = layer_norm(x, norm.weight, norm.bias, eps=norm.eps, impl=impl)  # [T, D]
@@ -99,11 +99,12 @@ class HSTULayer(nn.Module):
         return torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in self.weights))
 
     def _fused(self, x: torch.Tensor, attention: JaggedAttention) -> torch.Tensor:
-        """See `forward`; activations are in autocast's dtype where that is on.
+        """See `forward`; activations are in autocast's dtype where that is on, which `reference` follows by itself.
 
         The seed of a dropout mask comes from torch's generator, so the mask follows from that generator's seed.
         """
         config, device_type = attention.config, x.device.type
+        casts = torch.is_autocast_enabled(device_type) and attention.impl != "reference"
         dropout = self.dropout if self.training else 0.0
         return fused_hstu_layer(
             x,
@@ -116,7 +117,7 @@ class HSTULayer(nn.Module):
             dropout=dropout,
             seed=int(torch.randint(2**63 - 1, ())) if dropout else 0,
             recompute=self.recompute,
-            dtype=torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None,
+            dtype=torch.get_autocast_dtype(device_type) if casts else None,
             impl=attention.impl,
         )
 

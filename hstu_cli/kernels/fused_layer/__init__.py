@@ -5,9 +5,10 @@ import torch
 from hstu_cli.kernels.attention.plan import BatchPlan
 from hstu_cli.kernels.dispatch import AUTO, choose_impl
 from hstu_cli.kernels.fused_layer.dropout import dropout_level
+from hstu_cli.kernels.fused_layer.reference import composition, seeded_dropout
 from hstu_cli.kernels.fused_layer.settings import RECOMPUTE, LayerSettings, LayerWeights
 
-__all__ = ["RECOMPUTE", "LayerSettings", "LayerWeights", "fused_hstu_layer"]
+__all__ = ["RECOMPUTE", "LayerSettings", "LayerWeights", "composition", "fused_hstu_layer", "seeded_dropout"]
 
 
 def fused_hstu_layer(
@@ -33,7 +34,7 @@ def fused_hstu_layer(
     dropout: the share of the gated output that is zeroed, rounded to a multiple of 2**-16; which elements is decided by
       `seed` alone, so that the backward pass makes the same mask again.
     recompute: what the backward pass computes again instead of keeping it, one of `RECOMPUTE`: nothing, the normalised
-      input, or that and u, v, q and k; results are the same, bit for bit.
+      input, u, v, q and k, or both; results are the same, bit for bit.
     dtype: of activations and matrix products, None for that of x; gradients have the dtype of their tensors.
     impl: `auto`, `blocked` or `reference`, which computes in the dtype of x and recomputes nothing.
     Differentiable once in x and the weights. Kept between the passes, for each token: x (D), the normalised input (D),

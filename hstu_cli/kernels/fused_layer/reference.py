@@ -42,13 +42,15 @@ def composition(
     return x + F.linear(drop(normed_o * u.flatten(1)), w.output_weight)
 
 
-def seeded_dropout(settings: LayerSettings) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Dropout by the settings' seed."""
+def seeded_dropout(
+    settings: LayerSettings, impl: str = "reference", device: torch.device | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Dropout by the settings' seed, with the mask that `impl` makes on `device`, None for that of the input."""
 
     def drop(x: torch.Tensor) -> torch.Tensor:
         if not settings.dropout:
             return x
-        dropped = dropout_mask(*x.shape, settings.dropout, settings.seed, x.device)
-        return x.masked_fill(dropped, 0.0) * dropout_scale(settings.dropout)
+        dropped = dropout_mask(*x.shape, settings.dropout, settings.seed, device or x.device)
+        return x.masked_fill(dropped.to(x.device), 0.0) * dropout_scale(settings.dropout)
 
     return drop

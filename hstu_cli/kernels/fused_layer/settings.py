@@ -1,12 +1,12 @@
 """What a fused HSTU layer computes with, besides its input: the weights, and what decides how."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 
-RECOMPUTE = ("none", "layernorm", "layernorm+silu")
-"""What a backward pass computes again instead of keeping it; each choice includes the one before."""
+RECOMPUTE = ("none", "layernorm", "silu", "layernorm+silu")
+"""What a backward pass computes again instead of keeping it: the normalised input, and u, v, q and k."""
 
 
 class LayerWeights(NamedTuple):
@@ -51,12 +51,16 @@ class LayerSettings:
     recompute: str
     dtype: torch.dtype
 
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `fused_hstu_layer`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @property
     def keeps_normed(self) -> bool:
         """Whether the normalised input is kept for the backward pass."""
-        return self.recompute == "none"
+        return "layernorm" not in self.recompute
 
     @property
     def keeps_activated(self) -> bool:
         """Whether u, v, q and k are kept beside what SiLU made them of."""
-        return self.recompute != "layernorm+silu"
+        return "silu" not in self.recompute
