@@ -60,11 +60,18 @@ class Layer:
         )
         self.grad_out = normal(sum(lengths), width)
 
-    def outcome(self, dtype: torch.dtype, *, rounded: torch.dtype | None = None, **options) -> list[torch.Tensor]:
+    def outcome(
+        self,
+        dtype: torch.dtype,
+        *,
+        rounded: torch.dtype | None = None,
+        activations: torch.dtype | None = None,
+        **options,
+    ) -> list[torch.Tensor]:
         """Output and gradients of x and all weights in a dtype, on inputs that are rounded to another first."""
         leaves = [tensor.to(rounded or dtype).to(dtype).requires_grad_() for tensor in self.tensors]
         grad_out = self.grad_out.to(rounded or dtype).to(dtype)
-        out = self(leaves[0], LayerWeights(*leaves[1:]), **options)
+        out = self(leaves[0], LayerWeights(*leaves[1:]), dtype=activations, **options)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
 
     def __call__(self, x: torch.Tensor, weights: LayerWeights, **options) -> torch.Tensor:
@@ -123,7 +130,7 @@ def test_narrow_activations_train_wide_weights() -> None:
     layer = Layer(BATCHES["uneven"], width=24, heads=3, head_dim=16)
     exact = layer.outcome(torch.float64, rounded=torch.float32, impl="reference")
     narrow = layer.outcome(torch.bfloat16, impl="reference")
-    for own, theirs, true in zip(layer.outcome(torch.float32, dtype=torch.bfloat16), narrow, exact, strict=True):
+    for own, theirs, true in zip(layer.outcome(torch.float32, activations=torch.bfloat16), narrow, exact, strict=True):
         assert own.dtype == torch.float32
         rounding = torch.finfo(torch.bfloat16).eps * true.abs().max()
         assert 0 < (own - true).abs().max() <= 2 * ((theirs - true).abs().max() + rounding)

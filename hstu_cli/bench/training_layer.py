@@ -1,6 +1,7 @@
 """Layers in training on random tokens, plain and fused: what `bench-fused` checks, times and watches."""
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from hstu_cli.backend import Backend
 from hstu_cli.bench.block import random_block
 from hstu_cli.bench.memory import MemoryTimeline
-from hstu_cli.bench.session import BenchSession, relative_error, wider
+from hstu_cli.bench.session import MOST_ROUNDING, BenchSession, relative_error, wider
 from hstu_cli.config import ModelConfig
 from hstu_cli.kernels import BatchPlan, fused_hstu_layer, plan_batch
 from hstu_cli.kernels.fused_layer import LayerSettings, composition, seeded_dropout
@@ -146,8 +147,10 @@ class TrainingWorkload:
     def check(self, session: BenchSession, group: str, names: Sequence[str]) -> dict[str, Errors]:
         """Errors of each variant on the first sequence, against the baseline in the next wider dtype.
 
-        All make the same dropout masks. The baseline's own errors must be ones that rounding explains; another variant
-        may be off by twice the baseline's, in the output and in each gradient, and rounding.
+        All make the same dropout masks. The error of the baseline's output must be one that rounding explains; another
+        variant's may be twice that, and rounding. The same holds for each gradient, but that only a fused variant must
+        explain its own: torch's CPU kernel sums the gradients of a norm's weights in bfloat16, where they lose most of
+        their digits over thousands of tokens.
         """
         dtype = wider(self.x.dtype)
         device = self.x.device if dtype == torch.float32 else torch.device("cpu")  # not every device has float64
@@ -170,13 +173,16 @@ class TrainingWorkload:
             return [relative_error(*pair) for pair in zip(outcome(name, block, x, self.impl), exact, strict=True)]
 
         rounding = errors_of("baseline")
-        budgets = [session.check_rounding(group, error) for error in rounding]
+        budget = session.check_rounding(group, rounding[0])
+        most, eps = MOST_ROUNDING.get(self.x.dtype, 0.0), torch.finfo(self.x.dtype).eps
         found = {}
         for name in names:
             errors = rounding if name == "baseline" else errors_of(name)
-            session.check(f"{group}, {name}", errors[0], budgets[0])
-            for error, budget in zip(errors[1:], budgets[1:], strict=True):
-                session.check(f"{group}, {name}", error, budget, "gradient")
+            session.check(f"{group}, {name}", errors[0], budget)
+            for error, theirs in zip(errors[1:], rounding[1:], strict=True):
+                plain = VARIANTS.get(name) is None
+                most_error = sys.float_info.max if plain else min(most, 2 * (theirs + eps))
+                session.check(f"{group}, {name}", error, most_error, "gradient")
             found[name] = Errors(errors[0], max(errors[1:]))
         return found
 

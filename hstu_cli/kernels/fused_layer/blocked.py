@@ -1,5 +1,7 @@
 """Pieces of the fused layer in plain torch, with few passes over memory; see `function.Pieces`."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -11,6 +13,9 @@ from hstu_cli.kernels.fused_layer.settings import LayerSettings
 
 ROWS_OF_WEIGHT = 512
 """Rows of a weight's gradient that are computed at a time on a CPU in a narrow dtype."""
+
+TOKENS = 512
+"""Tokens that a sequence of passes takes at a time on a CPU, so that it finds them in the caches."""
 
 
 def layer_norm(
@@ -31,8 +36,13 @@ def layer_norm_gradients(
     residual: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `Pieces`."""
-    grad_x, grad_weight, grad_bias = _norm_gradients(grad.to(x.dtype), x, mean, scale, *_norm_weights(x, weight, bias))
-    return grad_x.add_(residual), grad_weight, grad_bias
+    weights = _norm_weights(x, weight, bias)
+    grad_x, sums = torch.empty_like(x), _Sums()
+    for rows in _blocks_of_tokens(x):
+        found, *grads = _norm_gradients(grad[rows], x[rows], mean[rows], scale[rows], *weights)
+        grad_x[rows] = found.add_(residual[rows])
+        sums.add(*grads)
+    return grad_x, *sums.totals(weights)
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
@@ -42,8 +52,11 @@ def silu(x: torch.Tensor) -> torch.Tensor:
 
 def silu_gradients(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """See `Pieces`."""
-    torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
-    return grad.sum(0)
+    sums = _Sums()
+    for rows in _blocks_of_tokens(x):
+        torch.ops.aten.silu_backward.grad_input(grad[rows], x[rows], grad_input=grad[rows])
+        sums.add(grad[rows].sum(0))
+    return sums.totals((x.new_empty(x.shape[1]),))[0]
 
 
 def attention(
@@ -92,16 +105,21 @@ def norm_mul_dropout_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `Pieces`."""
     factor = dropout_scale(settings.dropout)
-    scaled = _norm_weights(o, weight, bias, factor)
-    normed = _norm(o, *scaled, settings.eps)[0]
-    if settings.dropout:
-        dropped = dropout_mask(*o.shape, settings.dropout, settings.seed, o.device)
-        grad.masked_fill_(dropped, 0.0)
-    torch.mul(grad, normed, out=grad_u)
-    gated, grad_normed = normed.mul_(u), grad.mul_(u)
-    if settings.dropout:
-        gated.masked_fill_(dropped, 0.0)
-    grad_o, grad_weight, grad_bias = _norm_gradients(grad_normed, o, mean, scale, *scaled)
+    weights = _norm_weights(o, weight, bias, factor)
+    dropped = dropout_mask(*o.shape, settings.dropout, settings.seed, o.device) if settings.dropout else None
+    gated, grad_o, sums = torch.empty_like(o), torch.empty_like(o), _Sums()
+    for rows in _blocks_of_tokens(o):
+        normed, _, _ = _norm(o[rows], *weights, settings.eps)
+        if dropped is not None:
+            grad[rows].masked_fill_(dropped[rows], 0.0)
+        torch.mul(grad[rows], normed, out=grad_u[rows])
+        torch.mul(normed, u[rows], out=gated[rows])
+        if dropped is not None:
+            gated[rows].masked_fill_(dropped[rows], 0.0)
+        grad_normed = torch.mul(grad[rows], u[rows], out=normed)
+        grad_o[rows], *grads = _norm_gradients(grad_normed, o[rows], mean[rows], scale[rows], *weights)
+        sums.add(*grads)
+    grad_weight, grad_bias = sums.totals(weights)
     return gated, grad_o, grad_weight.mul_(factor), grad_bias.mul_(factor)
 
 
@@ -134,11 +152,40 @@ def _norm_gradients(
     scale: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight and bias."""
-    return torch.ops.aten.native_layer_norm_backward(
-        grad, x, weight.shape, mean, scale, weight, bias, [True, True, True]
+) -> list[torch.Tensor]:
+    """Gradients of x, weight and bias, in the dtype of the weight.
+
+    In bfloat16 torch's CPU kernel would sum the weight's and the bias's in that, and lose most of them.
+    """
+    grad, x = grad.to(weight.dtype), x.to(weight.dtype)
+    return list(
+        torch.ops.aten.native_layer_norm_backward(grad, x, weight.shape, mean, scale, weight, bias, [True, True, True])
     )
+
+
+class _Sums:
+    """Sums of tensors over the blocks of tokens, in float32 at least."""
+
+    def __init__(self) -> None:
+        self._sums: list[torch.Tensor] = []
+
+    def add(self, *values: torch.Tensor) -> None:
+        """The values of one more block."""
+        if self._sums:
+            for total, value in zip(self._sums, values, strict=True):
+                total += value
+        else:
+            self._sums = [value.to(torch.promote_types(value.dtype, torch.float32)) for value in values]
+
+    def totals(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The sums; zeros shaped like these where there was no block."""
+        return self._sums or [torch.zeros_like(tensor) for tensor in like]
+
+
+def _blocks_of_tokens(x: torch.Tensor) -> list[slice]:
+    """Rows to take at a time: all of them on an accelerator."""
+    size = TOKENS if x.device.type == "cpu" else max(1, len(x))
+    return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
 
 
 def _norm_weights(
