@@ -1,18 +1,23 @@
 """The linear layers of an HSTU layer: every implementation against float64, and weights that change."""
 
+import contextlib
 import copy
 import gc
 
 import pytest
 import torch
-from support.implementations import IMPLEMENTATIONS
+from support.far_apart import rows_far_apart
+from support.implementations import IMPLEMENTATIONS, TRITON_DEVICE, device_of
 
 from hstu_cli.kernels import linear_residual, linear_silu
 from hstu_cli.kernels.linear import native
+from hstu_cli.kernels.triton.chips import chip_of
+from hstu_cli.kernels.triton.tuning import LaunchConfig, bucket, pinned_configs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(0, 8, 12), (1, 16, 16), (3, 40, 24), (128, 64, 256), (300, 33, 7)]
 """Rows, in, out."""
+NO_BFLOAT16 = "Triton's interpreter multiplies bfloat16 matrices wrongly"
 
 every_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -24,7 +29,7 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[torch.Tenso
     rows, width, out = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, 2 * width, generator=generator)[:, :width]
-    weight = torch.randn(out, width, generator=generator) * width**-0.5
+    weight = torch.randn(out, width, generator=generator) * max(width, 1) ** -0.5
     bias, residual = torch.randn(out, generator=generator), torch.randn(rows, out, generator=generator)
     return tuple(tensor.to(dtype) for tensor in (x, weight, bias, residual))
 
@@ -33,21 +38,125 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[torch.Tenso
 @every_dtype
 @every_shape
 def test_they_are_the_formulas_up_to_rounding(shape: tuple[int, int, int], dtype: torch.dtype, impl: str) -> None:
-    x, weight, bias, residual = inputs(shape, dtype)
+    if impl == "triton" and dtype == torch.bfloat16 and TRITON_DEVICE == "cpu":
+        pytest.skip(NO_BFLOAT16)
+    assert_formulas(*(tensor.to(device_of(impl)) for tensor in inputs(shape, dtype)), impl)
+
+
+def assert_formulas(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, impl: str
+) -> None:
+    """Both operators against float64, with errors bounded by the terms of each sum."""
     wide = [tensor.double() for tensor in (x, weight, bias, residual)]
     product = wide[0] @ wide[1].T
     # Terms and sums are rounded to float32 at least, the product and the result to the dtype.
-    terms = wide[0].abs() @ wide[1].abs().T * shape[1] * torch.finfo(torch.float32).eps
-    eps = torch.finfo(dtype).eps
+    eps = torch.finfo(x.dtype).eps
+    terms = wide[0].abs() @ wide[1].abs().T * x.shape[1] * min(eps, torch.finfo(torch.float32).eps)
     with torch.no_grad():
         found = linear_silu(x, weight, bias, impl=impl)
         exact = torch.nn.functional.silu(product + wide[2])
-        assert found.dtype == dtype
+        assert found.dtype == x.dtype
         bound = terms + eps * (product.abs() + wide[2].abs() + exact.abs())
         assert ((found.double() - exact).abs() <= 1.1 * bound).all()
         found = linear_residual(x, weight, residual, impl=impl)
         exact = product + wide[3]
+        assert found.dtype == x.dtype
         assert ((found.double() - exact).abs() <= terms + eps * (product.abs() + exact.abs())).all()
+
+
+def pinned(config: LaunchConfig) -> contextlib.AbstractContextManager[None]:
+    """Both operators launched like this."""
+    return pinned_configs({"linear_silu": config, "linear_residual": config})
+
+
+def tiles(m: int, n: int, k: int, splits: int = 1) -> LaunchConfig:
+    """A configuration with these block sizes."""
+    variant = "tiles" if splits == 1 else "split"
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "SPLITS": splits}
+    return LaunchConfig.of(variant=variant, num_warps=4, num_stages=2, **blocks)
+
+
+CONFIGS = [
+    LaunchConfig.of(variant="library", num_warps=4),
+    tiles(32, 16, 16),
+    tiles(16, 32, 64),
+    tiles(16, 16, 16, splits=2),
+    tiles(32, 32, 16, splits=8),
+]
+"""Torch's product; small tiles; a block beyond all of the input; two parts of the sum; more parts than blocks."""
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.label)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 16), (17, 33, 41), (150, 32, 20), (5, 0, 4)], ids=str)
+def test_every_way_to_compute(shape: tuple[int, int, int], dtype: torch.dtype, config: LaunchConfig) -> None:
+    with pinned(config):
+        assert_formulas(*(tensor.to(TRITON_DEVICE) for tensor in inputs(shape, dtype)), "triton")
+
+
+@pytest.mark.triton
+def test_float64_has_torchs_product() -> None:
+    assert_formulas(*(tensor.to(TRITON_DEVICE) for tensor in inputs((17, 33, 41), torch.float64)), "triton")
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.label)
+def test_any_layout(config: LaunchConfig) -> None:
+    x, weight, bias, residual = (tensor.to(TRITON_DEVICE) for tensor in inputs((17, 33, 41), torch.float32))
+    x, weight = x.T.contiguous().T, weight.T.contiguous().T
+    bias, residual = bias.repeat_interleave(2)[::2], residual[:1].expand(17, 41)
+    with pinned(config):
+        assert_formulas(x, weight, bias, residual, "triton")
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("config", [tiles(16, 16, 16), tiles(16, 16, 16, splits=2)], ids=lambda config: config.label)
+def test_rows_far_apart(config: LaunchConfig) -> None:
+    x, weight, bias, residual = (tensor.to(TRITON_DEVICE) for tensor in inputs((3, 32, 16), torch.float16))
+    with pinned(config), rows_far_apart(x) as far_x, rows_far_apart(residual) as far_residual:
+        assert_formulas(far_x, weight, bias, far_residual, "triton")
+
+
+GPU_SHAPES = [(1, 1024, 4096), (17, 1024, 4096), (100, 512, 2048), (128, 1024, 1024), (4352, 1024, 4096), (999, 33, 7)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_every_configuration_on_a_gpu(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    from hstu_cli.kernels.linear.triton import launch_configs
+
+    tensors = [tensor.to("cuda") for tensor in inputs(shape, dtype)]
+    for config in launch_configs(chip_of(tensors[0].device), bucket(shape[0]), dtype):
+        with pinned(config):
+            assert_formulas(*tensors, "triton")
+    assert_formulas(*tensors, "triton")  # as tuned
+
+
+@pytest.mark.gpu
+def test_parts_of_sums_are_added_in_one_order() -> None:
+    x, weight, bias, _ = (tensor.to("cuda") for tensor in inputs((17, 4096, 1024), torch.bfloat16))
+    with pinned(tiles(32, 64, 64, splits=8)), torch.no_grad():
+        first = linear_silu(x, weight, bias, impl="triton")
+        assert all(torch.equal(linear_silu(x, weight, bias, impl="triton"), first) for _ in range(20))
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_computes_the_same() -> None:
+    x, weight, bias, residual = (tensor.to("cuda") for tensor in inputs((100, 1024, 1024), torch.bfloat16))
+
+    def layers() -> torch.Tensor:
+        return linear_residual(linear_silu(x, weight, bias, impl="triton"), weight, residual, impl="triton")
+
+    with torch.no_grad():
+        expected = layers()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = layers()
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.native
@@ -97,3 +206,13 @@ def test_gradients_take_the_plain_road() -> None:
 def test_shapes_that_do_not_fit(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         linear_silu(*(torch.zeros(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize(
+    "place", [{"dtype": torch.float64}, {"device": "meta"}], ids=lambda place: next(iter(place.values()))
+)
+def test_dtypes_and_devices_that_do_not_fit(place: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"weight and bias must be torch\.float32 on cpu"):
+        linear_silu(torch.zeros(3, 4), torch.zeros(5, 4, **place), torch.zeros(5))
+    with pytest.raises(ValueError, match=r"weight and residual must be torch\.float32 on cpu"):
+        linear_residual(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, 5, **place))

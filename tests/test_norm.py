@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.implementations import IMPLEMENTATIONS
+from support.far_apart import rows_far_apart
+from support.implementations import IMPLEMENTATIONS, TRITON_DEVICE, device_of
 
 from hstu_cli.kernels import layer_norm, layer_norm_mul
+from hstu_cli.kernels.triton.tuning import LaunchConfig, pinned_configs
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(0, 8), (1, 1), (1, 16), (3, 41), (128, 64), (7, 401), (65, 512), (5, 1271)]
@@ -39,18 +41,60 @@ def assert_right(found: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor) 
 @every_dtype
 @every_shape
 def test_they_are_the_formulas_up_to_rounding(shape: tuple[int, int], dtype: torch.dtype, impl: str) -> None:
-    x, u, weight, bias = inputs(shape, dtype)
+    assert_formulas(*(tensor.to(device_of(impl)) for tensor in inputs(shape, dtype)), impl)
+
+
+def assert_formulas(x: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, impl: str) -> None:
+    """Both operators against float64, with errors bounded by the terms of each sum."""
     wide_x, wide_u, wide_weight, wide_bias = (tensor.double() for tensor in (x, u, weight, bias))
-    exact = F.layer_norm(wide_x, shape[1:], wide_weight, wide_bias, EPS)
+    exact = F.layer_norm(wide_x, x.shape[1:], wide_weight, wide_bias, EPS)
     # An error of the mean is one of |x|'s rounding, divided by the deviation; the sum with the bias may cancel.
     spread = ((wide_x - wide_x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True) + EPS).sqrt()
     terms = wide_x.abs().amax(-1, keepdim=True) / spread * wide_weight.abs() + wide_bias.abs()
     with torch.no_grad():
         found = layer_norm(x, weight, bias, eps=EPS, impl=impl)
-        assert found.dtype == dtype
+        assert found.dtype == x.dtype
         assert found.is_contiguous()
         assert_right(found, exact, terms)
         assert_right(layer_norm_mul(x, u, weight, bias, eps=EPS, impl=impl), exact * wide_u, terms * wide_u.abs())
+
+
+CONFIGS = [
+    LaunchConfig.of(num_warps=4, BLOCK_ROWS=4, BLOCK_WIDTH=64),
+    LaunchConfig.of(num_warps=1, BLOCK_ROWS=1, BLOCK_WIDTH=16),
+    LaunchConfig.of(num_warps=1, BLOCK_ROWS=2, BLOCK_WIDTH=32),
+]
+"""Rows whole, in blocks, and in blocks of which the last is full."""
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.label)
+@every_dtype
+@pytest.mark.parametrize("shape", [(1, 1), (3, 41), (7, 64), (5, 33)], ids=str)
+def test_every_block_size(shape: tuple[int, int], dtype: torch.dtype, config: LaunchConfig) -> None:
+    with pinned_configs({"layer_norm": config}):
+        assert_formulas(*(tensor.to(TRITON_DEVICE) for tensor in inputs(shape, dtype)), "triton")
+
+
+@pytest.mark.triton
+def test_any_layout() -> None:
+    x, u, weight, bias = (tensor.to(TRITON_DEVICE) for tensor in inputs((7, 41), torch.float32))
+    x, weight = x.T.contiguous().T, torch.stack([weight, bias], 1)[:, 0]
+    assert_formulas(x, u[:1].expand(7, 41), weight, bias, "triton")
+
+
+@pytest.mark.triton
+def test_rows_far_apart() -> None:
+    x, u, weight, bias = (tensor.to(TRITON_DEVICE) for tensor in inputs((3, 40), torch.float16))
+    with rows_far_apart(x) as far_x, rows_far_apart(u) as far_u:
+        assert_formulas(far_x, far_u, weight, bias, "triton")
+
+
+@pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize("shape", [(1, 1024), (17, 512), (4352, 1024), (4352, 4096), (300, 20_000)], ids=str)
+def test_large_inputs_on_a_gpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    assert_formulas(*(tensor.to("cuda") for tensor in inputs(shape, dtype)), "triton")
 
 
 def test_gradients_take_the_plain_road() -> None:
@@ -70,6 +114,15 @@ def test_gradients_take_the_plain_road() -> None:
 def test_shapes_that_do_not_fit(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer_norm_mul(*(torch.zeros(shape) for shape in shapes), eps=EPS)
+
+
+def test_within_autocast_torch_casts() -> None:
+    x, u, weight, bias = inputs((3, 41), torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = layer_norm_mul(x, u, weight.float(), bias.float(), eps=EPS)
+        assert torch.equal(found, F.layer_norm(x, x.shape[1:], weight.float(), bias.float(), EPS) * u)
+        with pytest.raises(ValueError, match="autocast"):
+            layer_norm(x, weight, bias, eps=EPS, impl="native")
 
 
 def test_dtypes_that_do_not_fit() -> None:

@@ -2,30 +2,34 @@
 
 import pytest
 import torch
-from support.implementations import IMPLEMENTATIONS
+from support.implementations import IMPLEMENTATIONS, device_of
+from support.triton_attention import moved, quick_config, skip_unless_computed
 
 from hstu_cli.kernels import append_to_pages, hstu_attention, hstu_paged_attention
 from hstu_cli.kernels.attention import blocked as attention_blocked
 from hstu_cli.kernels.paged_attention.cases import PAGED_CASES, PagedCase, PagedInputs, make_paged_inputs
 
+pytestmark = pytest.mark.usefixtures(quick_config.__name__)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def run(inputs: PagedInputs, impl: str, **replaced: object) -> torch.Tensor:
-    new = inputs.new
+    skip_unless_computed(impl, inputs.new.q.dtype)
+    device = device_of(impl)
+    new = moved(inputs.new, impl)
     arguments = {
         "q": new.q,
         "k": new.k,
         "v": new.v,
         "seq_offsets": new.seq_offsets,
         "num_candidates": new.num_candidates,
-        "pages": inputs.pages,
+        "pages": inputs.pages.to(device),
         "page_indptr": inputs.page_indptr,
         "page_ids": inputs.page_ids,
         "cached_lengths": inputs.cached_lengths,
-        **replaced,
+        **{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in replaced.items()},
     }
-    return hstu_paged_attention(**arguments, alpha=new.alpha, scaling_seqlen=new.scaling_seqlen, impl=impl)
+    return hstu_paged_attention(**arguments, alpha=new.alpha, scaling_seqlen=new.scaling_seqlen, impl=impl).cpu()
 
 
 def oracle(inputs: PagedInputs) -> torch.Tensor:

@@ -3,6 +3,7 @@
 The host uses bounds alone, so that a launch captured in a graph serves every batch within them.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,9 @@ SMALL_BATCH = 32
 
 SPLIT_BLOCKS, MOST_SPLITS = 4, 16
 """A split has at least so many blocks of keys; so many splits share the keys of a row at most, as each adds traffic."""
+
+MORE_SPLITS, FEW_ROUNDS = "split", 4
+"""The variant with twice the splits, and below how many programs for each multiprocessor it is tried."""
 
 REDUCED_ELEMENTS = 1024
 """Elements of the output for each program that adds the splits."""
@@ -89,11 +93,27 @@ class _Call:
 
     def num_splits(self, config: LaunchConfig) -> int:
         """Programs that share the keys of a row, so that all multiprocessors have work; from bounds alone."""
-        num_tiles = max(self.plan.num_sequences, triton.cdiv(self.q.shape[0], config.block("BLOCK_M")))
         most_cached = self.page_plan.max_cached_tokens if self.page_plan is not None else 0
         num_blocks = triton.cdiv(most_cached + self.plan.max_new_tokens, config.block("BLOCK_N"))
-        wanted = self.num_multiprocessors // (num_tiles * self.q.shape[1])
+        wanted = self.num_multiprocessors // self._num_programs(config)
+        if config.variant == MORE_SPLITS:
+            wanted = max(2, 2 * wanted)
         return max(1, min(wanted, num_blocks // SPLIT_BLOCKS, MOST_SPLITS))
+
+    def choices(self, chip: int) -> list[LaunchConfig]:
+        """The configurations to choose from; where programs are few, also with twice the splits.
+
+        The first rows of a causal batch have few keys and the last ones many, so that a single round of programs
+        leaves half of the device waiting for the longest.
+        """
+        configs = configurations(chip, self.q.dtype, self.q.shape[2])
+        few = [config for config in configs if self._num_programs(config) < FEW_ROUNDS * self.num_multiprocessors]
+        return [*configs, *(dataclasses.replace(config, variant=MORE_SPLITS) for config in few)]
+
+    def _num_programs(self, config: LaunchConfig) -> int:
+        """Tiles of rows times heads, as if no sequence began within a tile of another."""
+        num_tiles = max(self.plan.num_sequences, triton.cdiv(self.q.shape[0], config.block("BLOCK_M")))
+        return num_tiles * self.q.shape[1]
 
     @property
     def page_size(self) -> int:
@@ -176,38 +196,45 @@ def configurations(chip: int, dtype: torch.dtype, head_dim: int) -> list[LaunchC
     size = max(64, triton.next_power_of_2(head_dim))
     table = FP32_CONFIGS if dtype == torch.float32 else HALF_CONFIGS[chip]
     return [
-        LaunchConfig.of(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
-        for block_m, block_n, num_warps, num_stages in table[size]
+        LaunchConfig.of(
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages, max_registers=max_registers
+        )
+        for block_m, block_n, num_warps, num_stages, max_registers in table[size]
     ]
 
 
-_LARGE = {
-    64: ((128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
-    128: ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)),
-    256: ((128, 64, 8, 2), (128, 32, 8, 4), (64, 64, 8, 2)),
-}
-_SMALL = {
-    64: ((128, 64, 8, 2), (64, 64, 4, 3)),
-    128: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)),
-    256: ((64, 32, 8, 2), (64, 32, 4, 2), (64, 64, 8, 1)),
+# Loads run ahead of the products by stages - 1 blocks from 9.0 on, before that by stages - 2. With 128 registers two
+# programs of 8 warps share a multiprocessor: one multiplies while the other is at SiLU.
+_8_9 = {
+    64: ((128, 64, 8, 3, None), (64, 64, 4, 3, None)),
+    128: ((128, 64, 8, 3, None), (128, 32, 8, 3, None), (64, 64, 4, 3, None)),
+    256: ((64, 32, 8, 2, None), (64, 64, 8, 1, None), (64, 16, 4, 3, None)),
 }
 HALF_CONFIGS = {
     80: {
-        64: ((128, 64, 8, 2), (64, 64, 4, 3)),
-        128: ((128, 64, 8, 2), (64, 64, 4, 2)),
-        256: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)),
+        64: ((128, 64, 8, 3, None), (64, 64, 4, 3, None)),
+        128: ((128, 64, 8, 3, None), (64, 64, 4, 3, None)),
+        256: ((128, 32, 8, 3, None), (128, 64, 8, 2, None), (64, 64, 8, 2, None)),
     },
-    89: _SMALL,
-    90: _LARGE,
-    100: _LARGE,
-    120: _SMALL,
+    89: _8_9,
+    90: {
+        64: ((128, 64, 8, 3, 128), (128, 128, 8, 3, None), (64, 64, 4, 3, None)),
+        128: ((128, 64, 8, 2, 128), (128, 64, 8, 3, None), (64, 64, 4, 2, None)),
+        256: ((128, 64, 8, 2, None), (128, 32, 8, 4, None), (64, 64, 8, 2, None)),
+    },
+    100: {
+        64: ((128, 128, 8, 3, None), (128, 64, 4, 3, None), (64, 64, 4, 3, None)),
+        128: ((128, 64, 8, 3, None), (128, 128, 8, 2, None), (64, 64, 4, 2, None)),
+        256: ((128, 64, 8, 2, None), (128, 32, 8, 4, None), (64, 64, 8, 2, None)),
+    },
+    120: _8_9,
 }
-"""For bf16 and fp16: BLOCK_M, BLOCK_N, num_warps, num_stages by chip and head_dim, rounded up."""
+"""For bf16 and fp16: BLOCK_M, BLOCK_N, num_warps, num_stages and max_registers by chip and head_dim, rounded up."""
 
 FP32_CONFIGS = {
-    64: ((64, 32, 8, 1),),
-    128: ((64, 32, 8, 1), (32, 32, 8, 1)),
-    256: ((32, 32, 8, 1), (32, 16, 8, 1)),
+    64: ((64, 32, 8, 1, None),),
+    128: ((64, 32, 8, 1, None), (32, 32, 8, 1, None)),
+    256: ((32, 32, 8, 1, None), (32, 16, 8, 1, None)),
 }
 """For fp32, which is multiplied without matrix units: the same for all chips."""
 
@@ -242,6 +269,7 @@ def kernel_specs(chip: int, page_size: int) -> list[AotSpec]:
             num_stages=config.num_stages,
             label=f"{type_name(dtype)} d={head_dim}{' split' * split}{' pages' * (page_size > 0)} {config.label}",
             aligned=STRIDES,
+            max_registers=config.max_registers,
         )
         for dtype in (torch.bfloat16, torch.float32)
         for head_dim in (256, 128, 64)

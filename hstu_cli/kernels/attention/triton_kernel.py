@@ -130,9 +130,7 @@ def hstu_attention_kernel(
     num_tiles = tl.cdiv(length, BLOCK_M)
     if tile >= num_tiles:
         return
-    first = (
-        num_tiles - 1 - tile
-    ) * BLOCK_M  # the rows with the most keys go first, so that the last programs are short
+    first = (num_tiles - 1 - tile) * BLOCK_M  # rows with the most keys go first, so that the last programs are short
     num_history = length - tl.load(num_candidates_ptr + sequence)
 
     m = tl.arange(0, BLOCK_M)[:, None]
@@ -148,12 +146,8 @@ def hstu_attention_kernel(
     # Candidates see themselves, besides history: first, while registers are free.
     if (first + BLOCK_M > num_history) & (split == 0):
         own = in_rows & (row >= num_history)
-        k = _load_rows(
-            k_ptr + (start + first) * k_token + head * k_head + m * k_token, own, column, HEAD_DIM, PADDED_DIM
-        )
-        v = _load_rows(
-            v_ptr + (start + first) * v_token + head * v_head + m * v_token, own, column, HEAD_DIM, PADDED_DIM
-        )
+        k = _load_rows(k_ptr + (start + row) * k_token + head * k_head, own, column, HEAD_DIM, PADDED_DIM)
+        v = _load_rows(v_ptr + (start + row) * v_token + head * v_head, own, column, HEAD_DIM, PADDED_DIM)
         scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)  # [M]
         acc += _silu(scores, half_alpha, APPROXIMATE)[:, None] * v.to(tl.float32)
 

@@ -183,8 +183,10 @@ def finish_kernel(
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = place < num_elements
     total = tl.load(parts + place, mask=exists, other=0.0).to(SUMS)
-    for part in tl.static_range(1, SPLITS):
-        total += tl.load(parts + part * num_elements + place, mask=exists, other=0.0).to(SUMS)
+    place_in_part = place
+    for _ in tl.static_range(1, SPLITS):
+        place_in_part += num_elements
+        total += tl.load(parts + place_in_part, mask=exists, other=0.0).to(SUMS)
     column = place % OUT
     if SILU:
         total += tl.load(added + column, mask=exists, other=0.0).to(SUMS)
