@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from hstu_cli.kernels.attention import jagged_attention
 from hstu_cli.kernels.attention.plan import BatchPlan
-from hstu_cli.kernels.fused_layer.dropout import dropout_mask, dropout_scale
+from hstu_cli.kernels.fused_layer.dropout import dropout_scale
 from hstu_cli.kernels.fused_layer.settings import LayerSettings, LayerWeights
 
 # Shapes: T tokens, D width, H heads, d head_dim.
@@ -50,6 +50,10 @@ def seeded_dropout(
     def drop(x: torch.Tensor) -> torch.Tensor:
         if not settings.dropout:
             return x
+        if impl == "triton":
+            from hstu_cli.kernels.fused_layer.triton import dropout_mask
+        else:
+            from hstu_cli.kernels.fused_layer.dropout import dropout_mask
         dropped = dropout_mask(*x.shape, settings.dropout, settings.seed, device or x.device)
         return x.masked_fill(dropped.to(x.device), 0.0) * dropout_scale(settings.dropout)
 
