@@ -114,13 +114,8 @@ class Backend:
         """Give freed memory back, so that `available_memory_bytes` counts it."""
         release_freed_memory()
 
-    def reset_peak_memory(self) -> int | None:
-        """Forget the peak so far; bytes of live tensors now. None where the device does not count them."""
-        return None
-
-    @property
-    def peak_memory_bytes(self) -> int | None:
-        """The most bytes of live tensors since `reset_peak_memory`; None where the device does not count them."""
+    def peak_tensor_bytes(self, *, reset: bool = False) -> int | None:
+        """The most bytes of live tensors since the last reset, which may be now; None where nobody counts them."""
         return None
 
     def synchronize(self) -> None:
@@ -243,14 +238,10 @@ class StreamBackend(Backend):
         """See `Backend`."""
         self.module().empty_cache()
 
-    def reset_peak_memory(self) -> int:
+    def peak_tensor_bytes(self, *, reset: bool = False) -> int:
         """See `Backend`."""
-        self.module().reset_peak_memory_stats(self.device.index)
-        return self.module().memory_allocated(self.device.index)
-
-    @property
-    def peak_memory_bytes(self) -> int:
-        """See `Backend`."""
+        if reset:
+            self.module().reset_peak_memory_stats(self.device.index)
         return self.module().max_memory_allocated(self.device.index)
 
     def synchronize(self) -> None:
@@ -367,8 +358,7 @@ class DeviceChoice:
 def open_device(requested: str, *, require: bool = False) -> DeviceChoice:
     """Resolve `auto`, `cpu`, `cuda[:N]`, `npu[:N]` or a hardware preset.
 
-    require: a hardware preset must be this very GPU. Raises UsageError for an unknown name,
-    UnavailableError for a device that is not there.
+    require: a preset must be this very GPU. UsageError for an unknown name, UnavailableError for an absent device.
     """
     kind, _, index = requested.lower().partition(":")
     if kind in HARDWARE_PRESETS and not index:
@@ -380,11 +370,9 @@ def open_device(requested: str, *, require: bool = False) -> DeviceChoice:
         names = ("auto", "cpu", "cuda[:N]", "npu[:N]", *HARDWARE_PRESETS)
         raise UsageError(f"There is no device {requested!r}; choose from {', '.join(names)}.")
     backend = by_type[kind]
-    reason = backend.why_unavailable()
-    if reason is not None:
+    if (reason := backend.why_unavailable()) is not None:
         raise UnavailableError(f"--device {requested}: {reason}")
-    number = int(index or 0)
-    if number >= backend.device_count():
+    if (number := int(index or 0)) >= backend.device_count():
         raise UnavailableError(f"--device {requested}: there are only {backend.device_count()} {kind} devices.")
     return DeviceChoice(requested, backend(number))
 

@@ -131,10 +131,10 @@ class TrainingWorkload:
         run()
         self.forget_gradients()
         self.backend.synchronize()
-        before = self.backend.reset_peak_memory()
+        before = self.backend.peak_tensor_bytes(reset=True)
         run()
         self.backend.synchronize()
-        peak = self.backend.peak_memory_bytes
+        peak = self.backend.peak_tensor_bytes()
         self.forget_gradients()
         with MemoryTimeline() as timeline:
             out = self.forward(name)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hstu_cli.charts import Panel, Timeline
+    from hstu_cli.config import ModelConfig
 
 EXAMPLE = "Example: hstu bench-fused 2 --dtype bf16 --seqlens 1024,2048 --batch-size 1 --plot fused.html"
 
@@ -118,6 +119,8 @@ def bench_fused(
         head_dim=head_dim or embedding_dim // heads,
         scaling_seqlen=max(lengths),
     )
+    if opened.impl.name == "triton":
+        _check_triton(model_config)
     grid = FusedGrid(lengths, batch_size or BATCH_SIZE, variants, full_sequence, dropout, compare == "eager")
     reporter = opened.reporter
     reporter.record |= {"model": model_config.to_dict(), "dropout": dropout, "full_sequence": full_sequence}
@@ -155,6 +158,18 @@ def bench_fused(
             on_group=lambda done, total: run.progress.count(done, total, "lengths"),
         ):
             run.rows.append(row)  # one by one, so that an interrupted run keeps what is finished
+
+
+def _check_triton(config: "ModelConfig") -> None:
+    """UsageError for a shape that the Triton kernels do not take."""
+    from hstu_cli.kernels.attention.triton import LARGEST_HEAD_DIM
+    from hstu_cli.kernels.fused_layer.triton import MOST_WIDTH
+
+    if config.head_dim > LARGEST_HEAD_DIM or max(config.hidden_dim, config.attention_dim) > MOST_WIDTH:
+        raise UsageError(
+            f"Implementation 'triton' takes head dims up to {LARGEST_HEAD_DIM} and rows of up to {MOST_WIDTH} "
+            "elements, all heads together: choose blocked, or another shape."
+        )
 
 
 def _chosen_variants(environment: Mapping[str, str]) -> tuple[str, ...]:

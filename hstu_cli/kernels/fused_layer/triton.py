@@ -193,7 +193,7 @@ def _launch(width: int) -> dict[str, int]:
     if width > MOST_WIDTH:
         raise ValueError(f"impl='triton' takes rows of at most {MOST_WIDTH} elements, not {width}; use 'blocked'")
     block = max(16, triton.next_power_of_2(width))
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}
 
 
 def _specs(dtype: torch.dtype, width: int) -> list[AotSpec]:
