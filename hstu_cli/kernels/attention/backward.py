@@ -122,15 +122,17 @@ def _long_gradients(
     """Gradients of q (scaled by alpha), k and v of one head of a long sequence, [R, d] each."""
     grad_q = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
     grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
+    size = min(blocked.BLOCK_ROWS, num_history)
+    earlier = torch.ones(size, size, dtype=torch.bool, device=q.device).tril_(-1)  # queries before the key
     for start in range(0, num_history, blocked.BLOCK_ROWS):
         keys = slice(start, min(start + blocked.BLOCK_ROWS, num_history))
         size = keys.stop - start
-        forbidden = torch.ones(size, size, dtype=torch.bool, device=q.device).tril_(-1)  # queries before the key
         scores, grad_scores = k[keys] @ q[start:].T, v[keys] @ grad_out[start:].T  # [keys, queries]
-        weights = _weights(scores, grad_scores, forbidden)
+        weights = _weights(scores, grad_scores, earlier[:size, :size])
         torch.mm(weights, grad_out[start:], out=grad_v[keys])
         torch.mm(grad_scores, q[start:], out=grad_k[keys])
         grad_q[start:] += grad_scores.T @ k[keys]
+        del scores, grad_scores, weights  # before the next block's
     own = slice(num_history, None)  # no other token sees a candidate
     wide_q, wide_k, wide_v, wide_grad = (x[own].to(grad_q.dtype) for x in (q, k, v, grad_out))
     scores = (wide_q * wide_k).sum(-1, keepdim=True)  # [R - n, 1]
