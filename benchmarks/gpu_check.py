@@ -36,6 +36,8 @@ def commands(device: str, results: Path) -> dict[str, list[str]]:
             *hstu, "bench-layer", "--history", "4096", "--cached", "0,31/32", "--compare", "eager",
             *record("bench-layer-eager"),
         ],
+        "fused": [*hstu, "bench-fused", "--num-iters", "20", "--num-iters-warmup", "3", *record("bench-fused")],
+        "fused-layers": [*hstu, "bench-fused", "3", "--seqlens", "4096", *record("bench-fused-3-layers")],
         "e2e": [*hstu, "bench-e2e", "--num-iters", "10", *record("bench-e2e")],
     }  # fmt: skip
 
