@@ -96,6 +96,15 @@ def test_every_way_to_compute(shape: tuple[int, int, int], dtype: torch.dtype, c
 
 
 @pytest.mark.triton
+def test_the_kernel_is_what_runs() -> None:
+    from triton.errors import TritonError
+
+    tensors = [tensor.to(TRITON_DEVICE) for tensor in inputs((17, 33, 41), torch.float32)]
+    with pinned(tiles(24, 16, 16)), pytest.raises(TritonError, match="power of 2"):
+        assert_formulas(*tensors, "triton")
+
+
+@pytest.mark.triton
 def test_float64_has_torchs_product() -> None:
     assert_formulas(*(tensor.to(TRITON_DEVICE) for tensor in inputs((17, 33, 41), torch.float64)), "triton")
 

@@ -77,6 +77,16 @@ def test_every_block_size(shape: tuple[int, int], dtype: torch.dtype, config: La
 
 
 @pytest.mark.triton
+def test_the_kernel_is_what_runs() -> None:
+    from triton.errors import TritonError
+
+    tensors = [tensor.to(TRITON_DEVICE) for tensor in inputs((5, 33), torch.float32)]
+    impossible = LaunchConfig.of(num_warps=1, BLOCK_ROWS=3, BLOCK_WIDTH=64)
+    with pinned_configs({"layer_norm": impossible}), pytest.raises(TritonError, match="power of 2"):
+        assert_formulas(*tensors, "triton")
+
+
+@pytest.mark.triton
 def test_any_layout() -> None:
     x, u, weight, bias = (tensor.to(TRITON_DEVICE) for tensor in inputs((7, 41), torch.float32))
     x, weight = x.T.contiguous().T, torch.stack([weight, bias], 1)[:, 0]

@@ -296,6 +296,24 @@ def test_keys_are_split_where_rows_are_few() -> None:
     assert splits(32, 4096, 0) == 1
 
 
+@pytest.mark.parametrize("number", [0, -1], ids=["first", "last"])
+def test_tuning_chooses_among_all(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few programs the last choices have twice the splits."""
+    from hstu_cli.kernels.attention import triton
+
+    chosen = []
+
+    def choose(kernel, key, configs, run, **named):
+        chosen.append(configs[number])
+        return configs[number]
+
+    monkeypatch.setattr(triton, "choose_config", choose)
+    monkeypatch.setattr(triton, "FEW_ROUNDS", 10_000)
+    inputs = make_inputs(AttentionCase((700,), (9,), num_heads=1, head_dim=16), torch.float16)
+    assert_right(inputs, run(inputs))
+    assert [config.variant for config in chosen] == ["" if number == 0 else triton.MORE_SPLITS]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(

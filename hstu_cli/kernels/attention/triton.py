@@ -4,6 +4,7 @@ The host uses bounds alone, so that a launch captured in a graph serves every ba
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -100,15 +101,15 @@ class _Call:
             wanted = max(2, 2 * wanted)
         return max(1, min(wanted, num_blocks // SPLIT_BLOCKS, MOST_SPLITS))
 
-    def choices(self, chip: int) -> list[LaunchConfig]:
+    def choices(self, chip: int) -> tuple[LaunchConfig, ...]:
         """The configurations to choose from; where programs are few, also with twice the splits.
 
         The first rows of a causal batch have few keys and the last ones many, so that a single round of programs
         leaves half of the device waiting for the longest.
         """
         configs = configurations(chip, self.q.dtype, self.q.shape[2])
-        few = [config for config in configs if self._num_programs(config) < FEW_ROUNDS * self.num_multiprocessors]
-        return [*configs, *(dataclasses.replace(config, variant=MORE_SPLITS) for config in few)]
+        few = (config for config in configs if self._num_programs(config) < FEW_ROUNDS * self.num_multiprocessors)
+        return (*configs, *map(_with_more_splits, few))
 
     def _num_programs(self, config: LaunchConfig) -> int:
         """Tiles of rows times heads, as if no sequence began within a tile of another."""
@@ -169,10 +170,8 @@ def launch(
     backend = backend_of(q.device)
     call = _Call(q, k, v, plan, pages, page_plan, alpha, scaling_seqlen, backend.num_multiprocessors)
     with backend.as_current():
-        configs = configurations(chip_of(q.device), q.dtype, q.shape[2])
-        return call.run(
-            choose_config(kernel, call.key(), configs, call.run, device=q.device, source=triton_kernel.__file__)
-        )
+        choices, source = call.choices(chip_of(q.device)), triton_kernel.__file__
+        return call.run(choose_config(kernel, call.key(), choices, call.run, device=q.device, source=source))
 
 
 def constants(
@@ -191,16 +190,22 @@ def constants(
     }
 
 
-def configurations(chip: int, dtype: torch.dtype, head_dim: int) -> list[LaunchConfig]:
+@functools.cache
+def _with_more_splits(config: LaunchConfig) -> LaunchConfig:
+    return dataclasses.replace(config, variant=MORE_SPLITS)
+
+
+@functools.cache  # every layer asks
+def configurations(chip: int, dtype: torch.dtype, head_dim: int) -> tuple[LaunchConfig, ...]:
     """The choices for a chip of `CHIPS`, the best guess first; each of them fits, as `make aot` shows."""
     size = max(64, triton.next_power_of_2(head_dim))
     table = FP32_CONFIGS if dtype == torch.float32 else HALF_CONFIGS[chip]
-    return [
+    return tuple(
         LaunchConfig.of(
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages, max_registers=max_registers
         )
         for block_m, block_n, num_warps, num_stages, max_registers in table[size]
-    ]
+    )
 
 
 # Loads run ahead of the products by stages - 1 blocks from 9.0 on, before that by stages - 2. With 128 registers two
@@ -272,7 +277,7 @@ def kernel_specs(chip: int, page_size: int) -> list[AotSpec]:
             max_registers=config.max_registers,
         )
         for dtype in (torch.bfloat16, torch.float32)
-        for head_dim in (256, 128, 64)
+        for head_dim in (128, 256, 64)
         for split in (False, True)
         for config in configurations(chip, dtype, head_dim)
     ]
