@@ -63,6 +63,7 @@ def test_every_length_and_variant_is_a_row(dtype: str, lengths: str) -> None:
         assert row["mfu"] == pytest.approx(row["tflops"] * 1e12 / record["peak"]["flops_per_s"])
         assert row["num_tokens"] == 3 * row["seqlen"] if lengths == "--full-sequence" else row["num_tokens"] >= 3
         assert row["published_tflops"] is None
+        assert (row["speedup_vs_baseline"] == 1) == (row["variant"] == "baseline")
     assert record["dropout"] == 0.2
     assert record["peak"]["source"].startswith("large matrix product")
 

@@ -233,6 +233,8 @@ def test_triton_is_for_nvidia_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch_module, "triton_state", lambda: TritonState(True, "triton 3.6.0"))
     assert choose_impl("auto", "cuda").name == "triton"
     assert choose_impl("triton", "cuda").reason == "as requested"
+    assert choose_impl("auto", "cuda", gradients=True).name == "triton"
+    assert choose_impl("auto", "npu", gradients=True).name == "blocked"
     monkeypatch.setattr(dispatch_module, "triton_state", lambda: TritonState(False, "triton is not installed"))
     choice = choose_impl("auto", "cuda")
     assert (choice.name, choice.reason) == ("blocked", "auto: triton is not installed")

@@ -129,7 +129,7 @@ def _measured_rows(
     for name in names:
         forward, backward = runs[name].split_ms(session.iterations)
         latency = latency_summary(samples[name])
-        speedup = paired_ratio(samples[names[0]], samples[name])
+        speedup = paired_ratio(samples["baseline"], samples[name]) if "baseline" in names else None
         tflops = flops / latency["p50"] * 1e-9
         rows.append(
             _row(grid, config, seqlen, name, impl)
@@ -142,8 +142,8 @@ def _measured_rows(
                 "memory_timeline": memory[name].to_dict(),
                 "tflops": tflops,
                 "mfu": tflops * 1e12 / peak,
-                "speedup_vs_first": speedup.median,
-                "speedup_range": [speedup.low, speedup.high],
+                "speedup_vs_baseline": speedup and speedup.median,
+                "speedup_range": speedup and [speedup.low, speedup.high],
                 "output_error": errors[name].output,
                 "gradient_error": errors[name].gradient,
                 "published_tflops": published_fused_tflops(name, seqlen, shape, full=grid.full),

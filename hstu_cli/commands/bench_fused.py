@@ -240,7 +240,7 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
             format_value(row["backward_ms"]["p50"]),
             format_value(row["tflops"]),
             percent(row["mfu"]),
-            speedup_text(row["speedup_vs_first"], row["speedup_range"]),
+            speedup_text(row["speedup_vs_baseline"], row["speedup_range"]) if row["speedup_range"] else "-",
             *([format_value(row["published_tflops"])] if published else []),
             f"{row['output_error']:.2g}",
             f"{row['gradient_error']:.2g}",
