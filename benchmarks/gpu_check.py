@@ -27,6 +27,10 @@ QUICK = {
         "--config", "tiny", "--history-step", "8", "--num-batches", "3", "--candidates", "4", "--num-users", "1,2",
         "--num-iters", "1",
     ],
+    "fused": ["--seqlens", "48", "--batch-size", "1", "--embedding-dim", "32", "--num-heads", "2", "--head-dim", "16"],
+    "fused-layers": [
+        "--seqlens", "48", "--batch-size", "1", "--embedding-dim", "32", "--num-heads", "2", "--head-dim", "16",
+    ],
     "attention": ["--batch-size", "2", "--head-dims", "32,64", "--seqlens", "48,100", "--num-iters", "2"],
 }  # fmt: skip
 """Sizes for a look at whether a part starts: these options come last, and the last one counts."""
@@ -49,6 +53,8 @@ def commands(device: str, results: Path, *, quick: bool = False) -> dict[str, li
         "layer-eager": part(
             "layer-eager", *hstu, "bench-layer", "--history", "4096", "--cached", "0,31/32", "--compare", "eager"
         ),
+        "fused": part("fused", *hstu, "bench-fused", "--num-iters", "20", "--num-iters-warmup", "3"),
+        "fused-layers": part("fused-layers", *hstu, "bench-fused", "3", "--seqlens", "4096"),
         "e2e": part("e2e", *hstu, "bench-e2e", "--num-iters", "10"),
     }
 

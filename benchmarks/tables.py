@@ -8,6 +8,8 @@ import typer
 
 COLUMNS = {
     "num_users": "users",
+    "seqlen": "tokens",
+    "num_layers": "layers",
     "embedding": "embedding",
     "variant": "variant",
     "num_candidates": "candidates",
@@ -16,7 +18,12 @@ COLUMNS = {
     "cached_length": "cached",
     "impl": "impl",
     "latency_ms": "ms, median (range)",
+    "forward_ms": "forward",
+    "backward_ms": "backward",
     "speedup": "speed-up (range)",
+    "peak_memory_bytes": "peak, MB",
+    "tflops": "TFLOP/s",
+    "mfu": "MFU",
     "speedup_limit": "limit",
     "speedup_limit_roofline": "limit on this machine",
     "roofline_fraction": "of roofline",
@@ -26,7 +33,8 @@ COLUMNS = {
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
     """The texts of a row by field."""
-    texts = {name: f"{row[name]:,}" if isinstance(row[name], int) else row[name] for name in COLUMNS if name in row}
+    named = (name for name in COLUMNS if isinstance(row.get(name), int | str))
+    texts = {name: f"{row[name]:,}" if isinstance(row[name], int) else row[name] for name in named}
     if "num_users" in row:
         texts.pop("batch_size")
     if "skipped" in row:
@@ -34,8 +42,13 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     latency = row.get("total_latency_ms") or row["latency_ms"]
     texts["latency_ms"] = "{p50:,.0f} ({min:,.0f}-{max:,.0f})".format(**latency)
     speedup = row.get("speedup_vs_uncached") or row["speedup_vs_baseline"]
-    low, high = row["speedup_range"]
-    texts["speedup"] = "1" if low == high == 1 else f"{speedup:.2f} ({low:.2f}-{high:.2f})"
+    if speedup is not None:
+        low, high = row["speedup_range"]
+        texts["speedup"] = "1" if low == high == 1 else f"{speedup:.2f} ({low:.2f}-{high:.2f})"
+    if "seqlen" in row:
+        parts = {name: f"{row[name]['p50']:,.0f}" for name in ("forward_ms", "backward_ms")}
+        rates = {"tflops": f"{row['tflops']:,.2f}", "mfu": f"{row['mfu']:.0%}"}
+        return texts | parts | rates | {"peak_memory_bytes": f"{row['peak_memory_bytes'] / 1e6:,.1f}"}
     texts |= {name: f"{row[name]:.2f}" for name in ("speedup_limit", "speedup_limit_roofline")}
     return texts | {"roofline_fraction": f"{row['roofline_fraction']:.0%}"}
 
@@ -69,7 +82,7 @@ def print_quality(path: Path, record: dict[str, Any]) -> None:
 
 
 def main(
-    records: Annotated[list[Path], typer.Argument(help="JSON records of hstu bench-layer, bench-e2e or quality.py.")],
+    records: Annotated[list[Path], typer.Argument(help="JSON records of hstu bench-* or quality.py.")],
 ) -> None:
     """Print a table for each record."""
     for path in records:

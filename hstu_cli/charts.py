@@ -13,6 +13,7 @@ from hstu_cli.errors import InputError, RunError, UnavailableError, UsageError
 from hstu_cli.report import FILE_WIDTH, plain
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
 
@@ -30,6 +31,16 @@ class Panel:
     limits: Sequence[float | None] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """One chart: values that change at moments and stay between them, by the name of the line: times and values."""
+
+    title: str
+    unit: str
+    time_unit: str
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
 def check_plot(path: Path) -> None:
     """Refuse a plot that cannot be written, before the run: UsageError, UnavailableError or InputError."""
     if path.suffix.lower() not in SUFFIXES:
@@ -40,7 +51,9 @@ def check_plot(path: Path) -> None:
         raise InputError(f"--plot {path} cannot be written: there is no such folder, or it is one.")
 
 
-def write_plot(path: Path, title: str, panels: Sequence[Panel], tables: Sequence["Table"], record: Mapping) -> None:
+def write_plot(
+    path: Path, title: str, panels: Sequence[Panel | Timeline], tables: Sequence["Table"], record: Mapping
+) -> None:
     """Draw the panels into a file of the kind that its name asks for; RunError where it cannot be written."""
     figure = _figure(title, panels)
     try:
@@ -52,7 +65,7 @@ def write_plot(path: Path, title: str, panels: Sequence[Panel], tables: Sequence
         raise RunError(f"--plot {path} could not be written: {error.strerror or error}.") from error
 
 
-def _figure(title: str, panels: Sequence[Panel]) -> "Figure":
+def _figure(title: str, panels: Sequence[Panel | Timeline]) -> "Figure":
     """All panels, two in a row."""
     from matplotlib.figure import Figure
 
@@ -62,19 +75,36 @@ def _figure(title: str, panels: Sequence[Panel]) -> "Figure":
     figure.suptitle(title)
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, number + 1)
-        width = 0.8 / max(1, len(panel.series))
-        for offset, (name, values) in enumerate(panel.series.items()):
-            places = [i + offset * width for i, value in enumerate(values) if value is not None]
-            axes.bar(places, [value for value in values if value is not None], width, label=name)
-        centers = [i + (len(panel.series) - 1) * width / 2 for i in range(len(panel.labels))]
-        for center, limit in zip(centers, panel.limits or (), strict=False):
-            if limit is not None:
-                axes.hlines(limit, center - 0.4, center + 0.4, colors="black", linestyles="dashed")
-        axes.set_xticks(centers, panel.labels, rotation=30 if max(map(len, panel.labels), default=0) > 8 else 0)
-        axes.set_title(panel.title + (" (dashed: limit)" if panel.limits else ""), fontsize="medium")
+        if isinstance(panel, Timeline):
+            _draw_lines(axes, panel)
+        else:
+            _draw_bars(axes, panel)
+        limits = " (dashed: limit)" if isinstance(panel, Panel) and panel.limits else ""
+        axes.set_title(panel.title + limits, fontsize="medium")
         axes.set_ylabel(panel.unit)
         axes.legend(fontsize="small")
     return figure
+
+
+def _draw_bars(axes: "Axes", panel: Panel) -> None:
+    """Groups of bars, and the limits above them."""
+    width = 0.8 / max(1, len(panel.series))
+    for offset, (name, values) in enumerate(panel.series.items()):
+        places = [i + offset * width for i, value in enumerate(values) if value is not None]
+        axes.bar(places, [value for value in values if value is not None], width, label=name)
+    centers = [i + (len(panel.series) - 1) * width / 2 for i in range(len(panel.labels))]
+    for center, limit in zip(centers, panel.limits or (), strict=False):
+        if limit is not None:
+            axes.hlines(limit, center - 0.4, center + 0.4, colors="black", linestyles="dashed")
+    axes.set_xticks(centers, panel.labels, rotation=30 if max(map(len, panel.labels), default=0) > 8 else 0)
+
+
+def _draw_lines(axes: "Axes", panel: Timeline) -> None:
+    """One line of steps for each series."""
+    for name, (times, values) in panel.series.items():
+        axes.plot(times, values, drawstyle="steps-post", label=name, linewidth=1)
+    axes.set_xlabel(panel.time_unit)
+    axes.set_ylim(bottom=0)
 
 
 def _page(title: str, figure: "Figure", tables: Sequence["Table"], record: Mapping[str, Any]) -> str:

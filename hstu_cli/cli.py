@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from hstu_cli import __version__
-from hstu_cli.commands import bench_e2e, bench_layer, compare, convert, env, infer, preprocess, train
+from hstu_cli.commands import bench_e2e, bench_fused, bench_layer, compare, convert, env, infer, preprocess, train
 from hstu_cli.commands.options import command
 
 
@@ -46,6 +46,7 @@ app.command("infer", epilog=infer.EXAMPLE)(command(infer.infer))
 app.command("train", epilog=train.EXAMPLE)(command(train.train))
 app.command("bench-layer", epilog=bench_layer.EXAMPLE)(command(bench_layer.bench_layer))
 app.command("bench-e2e", epilog=bench_e2e.EXAMPLE)(command(bench_e2e.bench_e2e))
+app.command("bench-fused", epilog=bench_fused.EXAMPLE)(command(bench_fused.bench_fused))
 app.command("compare", epilog=compare.EXAMPLE)(command(compare.compare))
 app.command("convert", epilog=convert.EXAMPLE)(command(convert.convert))
 app.command("env", epilog=env.EXAMPLE)(command(env.env))

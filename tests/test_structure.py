@@ -91,7 +91,8 @@ def test_help_loads_no_heavy_package() -> None:
         "import sys\n"
         "from typer.testing import CliRunner\n"
         "from hstu_cli.cli import app\n"
-        "commands = [], ['infer'], ['train'], ['bench-layer'], ['bench-e2e'], ['compare'], ['preprocess', 'kuairand']\n"
+        "commands = [], ['infer'], ['train'], ['compare'], ['preprocess', 'kuairand']\n"
+        "commands += ['bench-layer'], ['bench-e2e'], ['bench-fused']\n"
         "for arguments in (*([*command, '--help'] for command in commands), ['--version']):\n"
         "    result = CliRunner().invoke(app, arguments)\n"
         "    assert result.exit_code == 0, result.output\n"
@@ -126,14 +127,17 @@ def test_env_needs_no_data_package(tmp_path: Path) -> None:
     assert '"command": "env"' in out
 
 
-@pytest.mark.parametrize("command", ["bench-layer", "bench-e2e"])
+@pytest.mark.parametrize("command", ["bench-layer", "bench-e2e", "bench-fused"])
 def test_benchmarks_need_torch_numpy_typer_and_rich_alone(command: str) -> None:
     blocked = {"pyarrow", "duckdb", "requests", "torchmetrics", "polars", "filelock", "safetensors", "matplotlib"}
     small = {
         "bench-layer": ["--history", "8", "--candidates", "0", "--batch-size", "1"],
         "bench-e2e": ["--history-step", "4", "--num-batches", "2", "--candidates", "3", "--num-users", "1"],
+        "bench-fused": ["--embedding-dim", "8", "--seqlens", "8", "--batch-size", "1"],
     }
-    arguments = [command, "--config", "tiny", *small[command], "--num-iters", "1", "--format", "json"]
+    if command != "bench-fused":
+        small[command] += ["--config", "tiny"]
+    arguments = [command, *small[command], "--num-iters", "1", "--format", "json"]
     out = run_python(BLOCK.format(blocked=blocked, arguments=arguments))
     assert '"status": "valid"' in out
 

@@ -173,6 +173,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert sorted(path.name for path in out.rglob("*")) == sorted(path.name for path in trained[0].rglob("*"))
 
 
+@pytest.mark.parametrize("recompute", ["layernorm", "layernorm+silu"])
+def test_what_the_backward_pass_computes_again_changes_no_weight(
+    root: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path, recompute: str
+) -> None:
+    """Dropout, whose masks are always made again, included."""
+    record_of(*command(root, tmp_path / "m", "--recompute", recompute))
+    assert _same_weights(tmp_path / "m", trained[0])
+
+
 def test_resume_of_a_finished_run_does_nothing(root: Path, trained: tuple[Path, dict[str, Any]]) -> None:
     before = (trained[0] / "model.safetensors").stat().st_mtime_ns
     record = record_of(*command(root, trained[0], "--resume"))

@@ -48,6 +48,8 @@ def command(root: Path, out: Path, *arguments: object) -> list[object]:
         (["--num-negatives", 0], "--num-negatives"),
         (["--dtype", "fp16"], "bf16 or fp32"),
         (["--impl", "native"], "no gradients"),
+        (["--recompute", "everything"], "--recompute takes none, layernorm, silu, layernorm+silu"),
+        (["--recompute", "silu", "--impl", "reference"], "'reference' keeps everything"),
         (["--until", "2022-05-01", "--from", "2022-04-25"], "trained and validated on"),
         (["--until", "soon"], "2022-04-25"),
         (["--config", "huge"], "kuairand_gr, tiny, benchmark"),

@@ -122,6 +122,10 @@ class Backend:
         """Give freed memory back, so that `available_memory_bytes` counts it."""
         release_freed_memory()
 
+    def peak_tensor_bytes(self, *, reset: bool = False) -> int | None:
+        """The most bytes of live tensors since the last reset, which may be now; None where nobody counts them."""
+        return None
+
     def synchronize(self) -> None:
         """Wait until all queued work is done."""
 

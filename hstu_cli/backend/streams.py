@@ -137,6 +137,12 @@ class StreamBackend(Backend):
         """See `Backend`."""
         self.module().empty_cache()
 
+    def peak_tensor_bytes(self, *, reset: bool = False) -> int:
+        """See `Backend`."""
+        if reset:
+            self.module().reset_peak_memory_stats(self.device.index)
+        return self.module().max_memory_allocated(self.device.index)
+
     def synchronize(self) -> None:
         """See `Backend`."""
         self.module().synchronize(self.device.index)

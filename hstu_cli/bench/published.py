@@ -32,6 +32,30 @@ LAYER_MS: dict[str, dict[tuple[int, int], float]] = {
 NO_CANDIDATES_SPEEDUP: dict[str, dict[int, float]] = {"l20": {1: 3.0, 8: 20.0}, "b200": {1: 3.3, 8: 7.7}}
 """Speed-up of 3968 cached of 4096 tokens, no candidates, by hardware preset and batch size."""
 
+FUSED_BATCH_SIZE, FUSED_SHAPE = 32, (1024, 4, 256)
+"""Sequences of full length; embedding dim, heads and head dim of one layer, forward and backward."""
+
+FUSED_TFLOPS: dict[str, dict[int, float]] = {
+    step: dict(zip((1024, 2048, 4096, 8192), rates, strict=True))
+    for step, rates in {
+        "baseline": (195, 214, 229, 243),
+        "+ CUTLASS attention": (229, 279, 343, 417),
+        "+ fusion": (302, 353, 413, 477),
+        "+ recompute": (270, 320, 382, 451),
+    }.items()
+}
+"""TFLOP/s of the training layer on an H100, by what was added to the row before, and tokens of a sequence."""
+
+FUSED_STEPS = {"baseline": "baseline", "optimized": "+ fusion", "+silu_recompute": "+ recompute"}
+"""Our variant and the published one that does the same."""
+
+
+def published_fused_tflops(variant: str, seqlen: int, shape: tuple[int, int, int], *, full: bool) -> float | None:
+    """The H100's rate for the layer of this shape and variant; None where nothing was published."""
+    if shape != FUSED_SHAPE or not full or variant not in FUSED_STEPS:
+        return None
+    return FUSED_TFLOPS[FUSED_STEPS[variant]].get(seqlen)
+
 
 def published_e2e_ms(
     preset: str | None, users: int, variant: str, step: int, batches: int, candidates: int

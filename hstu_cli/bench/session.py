@@ -72,10 +72,10 @@ class BenchSession:
         self.check(f"{what}, uncached", error, MOST_ROUNDING.get(self.dtype, 0.0))
         return 2 * (error + torch.finfo(self.dtype).eps)
 
-    def check(self, what: str, error: float, budget: float) -> None:
-        """Note a case whose output is off by more than it may be, or not finite."""
+    def check(self, what: str, error: float, budget: float, kind: str = "output") -> None:
+        """Note a case whose output, or what else `kind` names, is off by more than it may be, or not finite."""
         if not error <= budget:
-            self.failures.append(f"{what}: output error {error:.3g} is beyond the budget {budget:.3g}")
+            self.failures.append(f"{what}: {kind} error {error:.3g} is beyond the budget {budget:.3g}")
 
     def warnings(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """What readers must know about the noise of all cases so far, whose rows these are."""

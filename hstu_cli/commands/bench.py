@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hstu_cli.bench.ceilings import measure_ceilings
 from hstu_cli.bench.session import BenchSession
-from hstu_cli.charts import Panel, write_plot
+from hstu_cli.charts import Panel, Timeline, write_plot
 from hstu_cli.commands.opening import Opened
 from hstu_cli.errors import InputError, RunError
 from hstu_cli.report import format_value, key_value_table
@@ -54,7 +54,7 @@ class Run:
 def benchmark(
     opened: Opened,
     tables: Callable[[Mapping[str, Any]], list[Table]],
-    panels: Callable[[Mapping[str, Any]], list[Panel]],
+    panels: Callable[[Mapping[str, Any]], Sequence[Panel | Timeline]],
     *,
     warmup: int,
     iterations: int,

@@ -45,6 +45,12 @@ def train(
         int | None,
         typer.Option(min=1, help="Items to tell the next one from.", show_default="all, or 32,768 of more"),
     ] = None,
+    recompute: Annotated[
+        str,
+        typer.Option(
+            help="Keep less for the backward pass: none, layernorm, silu or layernorm+silu; the result stays."
+        ),
+    ] = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
     device: options.Device = "auto",
     require_device: options.RequireDevice = False,
@@ -76,14 +82,19 @@ def train(
     from hstu_cli.commands.opening import open_dataset, open_run
     from hstu_cli.config import DEFAULT_PRESET, MODEL_PRESETS, TASKS, resolve_model_config
     from hstu_cli.data.dataset import format_time
+    from hstu_cli.kernels.fused_layer import RECOMPUTE
     from hstu_cli.report import format_value
     from hstu_cli.training.folder import RunFolder
     from hstu_cli.training.options import TrainingOptions
     from hstu_cli.training.periods import open_periods
     from hstu_cli.training.run import TrainingRun, Watcher
-    from hstu_cli.training.setup import new_model
+    from hstu_cli.training.setup import new_model, set_recompute
     from hstu_cli.training.trainer import Trainer
 
+    if recompute not in RECOMPUTE:
+        raise UsageError(f"--recompute takes {', '.join(RECOMPUTE)}, not {recompute!r}.")
+    if recompute != "none" and impl == "reference":
+        raise UsageError(f"--recompute {recompute}: implementation 'reference' keeps everything; choose auto.")
     model_config = resolve_model_config(config) if config is not None else MODEL_PRESETS[DEFAULT_PRESET]
     opened = open_run(
         "train",
@@ -131,6 +142,7 @@ def train(
         trainer = Trainer(
             model, periods.training, periods.tasks, chosen, backend, dtype=opened.dtype, impl=opened.impl.name
         )
+        set_recompute(model, recompute)
         run = TrainingRun(trainer, periods.validation, folder, settings)
         if state is not None:
             run.resume(state)

@@ -14,6 +14,7 @@ IMPLEMENTATIONS = ("reference", "blocked", "native", "triton")
 """All implementations there are; an operator may offer a part of them."""
 
 WITHOUT_GRADIENTS = ("native", "triton")
+"""Implementations of which single operators have no gradients; Triton's attention and training layer do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,8 @@ def choose_impl(requested: str, device_type: str, *, build: bool = True, gradien
         return _fastest(device_type, build, gradients)
     if requested not in IMPLEMENTATIONS:
         raise UsageError(f"There is no implementation {requested!r}; choose from {AUTO}, {', '.join(IMPLEMENTATIONS)}.")
-    if gradients and requested in WITHOUT_GRADIENTS:
-        raise UsageError(f"Implementation {requested!r} computes no gradients; choose auto, reference or blocked.")
+    if gradients and requested == "native":
+        raise UsageError("Implementation 'native' computes no gradients; choose auto, reference, blocked or triton.")
     if requested == "native":
         _require_native(device_type)
     if requested == "triton":
@@ -43,10 +44,11 @@ def choose_impl(requested: str, device_type: str, *, build: bool = True, gradien
     return ImplChoice(requested, "as requested")
 
 
-def choose_impl_for(requested: str, *tensors: torch.Tensor) -> str:
+def choose_impl_for(requested: str, *tensors: torch.Tensor, triton_gradients: bool = False) -> str:
     """The name of the implementation that computes with these tensors, which are on one device.
 
-    Raises what `choose_impl` does, and ValueError for native and triton where a gradient is wanted.
+    triton_gradients: whether the operator has gradients in Triton.
+    Raises what `choose_impl` does, and ValueError for an implementation without gradients where one is wanted.
     """
     device_type = tensors[0].device.type
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -57,7 +59,7 @@ def choose_impl_for(requested: str, *tensors: torch.Tensor) -> str:
         return "blocked"  # which has gradients, and every dtype
     if autocast and requested in WITHOUT_GRADIENTS:
         raise ValueError(f"impl={requested!r} does not follow torch.autocast; use 'auto' or 'blocked' within it")
-    if needs_gradient and requested in WITHOUT_GRADIENTS:
+    if needs_gradient and requested in WITHOUT_GRADIENTS and not (requested == "triton" and triton_gradients):
         raise ValueError(
             f"impl={requested!r} computes no gradients; use 'auto' or 'blocked', or run under torch.no_grad()"
         )
@@ -70,7 +72,7 @@ def exact_impl(name: str) -> str:
 
 
 def _fastest(device_type: str, build: bool, gradients: bool) -> ImplChoice:
-    if gradients:
+    if gradients and device_type != "cuda":
         return ImplChoice("blocked", "auto: the fastest one with gradients")
     if device_type == "cuda":
         triton = triton_state()

@@ -50,6 +50,41 @@ def block_flops(config: ModelConfig, sequences: Iterable[SequenceShape]) -> int:
     return config.num_layers * (linear + attention_flops(config, sum(s.num_pairs for s in sequences)))
 
 
+def training_flops(config: ModelConfig, sequences: Iterable[SequenceShape]) -> float:
+    """Forward and backward pass of all layers: three times the linear layers', three and a half times attention's.
+
+    A linear layer's gradients are two products of its size; attention's backward pass makes its scores once more beside
+    the gradients of scores, values, queries and keys: five products where the forward pass has two. What else is
+    computed again is not counted.
+    """
+    sequences = list(sequences)
+    linear = linear_flops(config, sum(s.num_new for s in sequences))
+    return config.num_layers * (3 * linear + 3.5 * attention_flops(config, sum(s.num_pairs for s in sequences)))
+
+
+STATS_BYTES = 16
+"""Mean and deviation of a token in both layer norms of a layer, float32."""
+
+
+def kept_bytes(config: ModelConfig, num_tokens: int, itemsize: int, variant: str, *, dropout: bool) -> int:
+    """What one layer keeps of so many tokens from its forward to its backward pass, its input included.
+
+    variant: `baseline`, where every operator keeps its own inputs, or one of `fused_layer.RECOMPUTE`. dropout: whether
+    there is any; torch's own keeps what it multiplies by.
+    """
+    hidden, inner = config.hidden_dim, config.attention_dim
+    if variant == "baseline":
+        # x, normed x; SiLU's input and output; o, normed o, gated; statistics, on a CPU in the dtype of the rest.
+        elements = 2 * hidden + 8 * inner + (4 if dropout else 3) * inner + 4
+        return num_tokens * elements * itemsize
+    elements = hidden + 4 * inner + inner  # x; SiLU's input; o
+    if "layernorm" not in variant:
+        elements += hidden  # normed x
+    if "silu" not in variant:
+        elements += 4 * inner  # u, v, q and k
+    return num_tokens * (elements * itemsize + STATS_BYTES)
+
+
 def block_bytes(config: ModelConfig, sequences: Iterable[SequenceShape], itemsize: int, *, stored: bool) -> int:
     """The least memory traffic of all layers over a batch: what lies between the operations stays on the chip.
 

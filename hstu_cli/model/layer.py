@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from hstu_cli.config import ModelConfig
-from hstu_cli.kernels import BatchPlan, jagged_attention, layer_norm, layer_norm_mul, linear_residual, linear_silu
+from hstu_cli.kernels import (
+    BatchPlan,
+    LayerWeights,
+    fused_hstu_layer,
+    jagged_attention,
+    layer_norm,
+    layer_norm_mul,
+    linear_residual,
+    linear_silu,
+)
 
 # Shapes: T tokens (jagged over the batch), D hidden_dim, H heads, d head_dim.
 
@@ -45,7 +54,8 @@ class JaggedAttention:
 class HSTULayer(nn.Module):
     """One layer: `x' = x + (LayerNorm(attention(q, k, v)) * u) W_o` with u, v, q, k from SiLU(norm(x) W).
 
-    Equations 1 to 3 of "Actions Speak Louder than Words" (ICML 2024).
+    Equations 1 to 3 of "Actions Speak Louder than Words" (ICML 2024). Where gradients are wanted it is
+    `fused_hstu_layer`, unless keys are cached.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -56,10 +66,13 @@ class HSTULayer(nn.Module):
         self.output_norm = nn.LayerNorm(config.attention_dim, eps=config.norm_eps)
         self.output = nn.Linear(config.attention_dim, config.hidden_dim, bias=False)
         self.dropout = 0.0  # of the gated attention output, in training
+        self.recompute = "none"  # by the backward pass; see `fused_hstu_layer`
 
     def forward(self, x: torch.Tensor, attention: Attention, layer: int) -> torch.Tensor:
         """X [T, D] to x' [T, D]."""
         impl = attention.impl
+        if isinstance(attention, JaggedAttention) and self._wants_gradients(x):
+            return self._fused(x, attention)
         norm, output_norm = self.input_norm, self.output_norm
         normed = layer_norm(x, norm.weight, norm.bias, eps=norm.eps, impl=impl)  # [T, D]
         uvqk = linear_silu(normed, self.uvqk.weight, self.uvqk.bias, impl=impl)  # [T, 4 * H * d]
@@ -67,6 +80,46 @@ class HSTULayer(nn.Module):
         o = attention(layer, q, k, v).flatten(1)  # [T, H * d]
         gated = layer_norm_mul(o, u.flatten(1), output_norm.weight, output_norm.bias, eps=output_norm.eps, impl=impl)
         return linear_residual(F.dropout(gated, self.dropout, self.training), self.output.weight, x, impl=impl)
+
+    @property
+    def weights(self) -> LayerWeights:
+        """The layer's parameters, as `fused_hstu_layer` takes them."""
+        norm, output_norm = self.input_norm, self.output_norm
+        return LayerWeights(
+            norm.weight,
+            norm.bias,
+            self.uvqk.weight,
+            self.uvqk.bias,
+            output_norm.weight,
+            output_norm.bias,
+            self.output.weight,
+        )
+
+    def _wants_gradients(self, x: torch.Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in self.weights))
+
+    def _fused(self, x: torch.Tensor, attention: JaggedAttention) -> torch.Tensor:
+        """See `forward`; activations are in autocast's dtype where that is on, which `reference` follows by itself.
+
+        The seed of a dropout mask comes from torch's generator, so the mask follows from that generator's seed.
+        """
+        config, device_type = attention.config, x.device.type
+        casts = torch.is_autocast_enabled(device_type) and attention.impl != "reference"
+        dropout = self.dropout if self.training else 0.0
+        return fused_hstu_layer(
+            x,
+            self.weights,
+            attention.plan,
+            num_heads=self.num_heads,
+            alpha=config.alpha,
+            scaling_seqlen=config.scaling_seqlen,
+            eps=self.input_norm.eps,
+            dropout=dropout,
+            seed=int(torch.randint(2**63 - 1, ())) if dropout else 0,
+            recompute=self.recompute,
+            dtype=torch.get_autocast_dtype(device_type) if casts else None,
+            impl=attention.impl,
+        )
 
 
 class HSTUBlock(nn.ModuleList):

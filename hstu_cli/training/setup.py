@@ -94,3 +94,9 @@ def set_dropout(model: RankingModel, share: float) -> None:
     model.dropout = share
     for layer in model.layers:
         layer.dropout = share
+
+
+def set_recompute(model: RankingModel, recompute: str) -> None:
+    """What the backward pass of every layer computes again instead of keeping it; results stay the same."""
+    for layer in model.layers:
+        layer.recompute = recompute

@@ -1,14 +1,17 @@
-"""Gradients of blocked HSTU attention: scores are computed again strip by strip, never kept."""
+"""Gradients of blocked HSTU attention: scores are computed again block by block, never kept."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from hstu_cli.kernels.attention import blocked
 
-# Shapes: a group of G sequences padded to R tokens, H heads, d head_dim.
+FORBIDDEN = -1e4
+"""A score at which SiLU and its slope are 0 in every dtype: exp(1e4) is infinite."""
+
+# Shapes: a group of G sequences padded to R tokens, n of them before the candidates, H heads, d head_dim.
 
 
 def attention(
@@ -50,60 +53,108 @@ class BlockedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of q, k and v, [T, H, d] each."""
-        q, k, v = ctx.saved_tensors
-        value_scale, output_scale = blocked.split_scale(ctx.scaling_seqlen, q.dtype)
-        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        sequences = [slice(start, end) for start, end in pairwise(ctx.offsets)]
-        for group in blocked.groups_of_similar_size([s.stop - s.start for s in sequences], [0] * len(sequences)):
-            rows = [sequences[b] for b in group]
-            num_history = [r.stop - r.start - ctx.num_candidates[b] for r, b in zip(rows, group, strict=True)]
-            padded = (
-                blocked.pad(q, rows).mul_(ctx.alpha),
-                blocked.pad(k, rows),
-                blocked.pad(v, rows).mul_(value_scale),
-                blocked.pad(grad_out, rows).mul_(output_scale),
-            )  # [H, G, R, d] each
-            found = _group_gradients(*padded, num_history)
-            for grad, one, scale in zip(grads, found, (ctx.alpha, 1.0, value_scale), strict=True):
-                for r, sequence in zip(rows, one.mul_(scale).unbind(1), strict=True):
-                    grad[r] = sequence[:, : r.stop - r.start].transpose(0, 1)
+        inputs = ctx.saved_tensors
+        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+        attention_gradients(
+            grads,
+            *inputs,
+            grad_out,
+            ctx.offsets,
+            ctx.num_candidates,
+            alpha=ctx.alpha,
+            scaling_seqlen=ctx.scaling_seqlen,
+        )
         return *grads, None, None, None, None
+
+
+def attention_gradients(
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad_out: torch.Tensor,
+    offsets: list[int],
+    num_candidates: list[int],
+    *,
+    alpha: float,
+    scaling_seqlen: int,
+) -> None:
+    """Write the gradients of q, k and v to `grads`, all [T, H, d] of one dtype and any strides.
+
+    Of a long sequence each block of keys meets all queries that see it, so that its keys' and values' gradients are one
+    product each. Sums over blocks are taken in float32 at least.
+    """
+    value_scale, output_scale = blocked.split_scale(scaling_seqlen, q.dtype)
+    scales = (alpha, 1.0, value_scale, output_scale)
+    sequences = [slice(start, end) for start, end in pairwise(offsets)]
+    for group in blocked.groups_of_similar_size([s.stop - s.start for s in sequences], [0] * len(sequences)):
+        rows = [sequences[b] for b in group]
+        num_history = [r.stop - r.start - num_candidates[b] for r, b in zip(rows, group, strict=True)]
+        if rows[0].stop - rows[0].start > blocked.BLOCK_ROWS:  # alone in its group
+            for head in range(q.shape[1]):
+                operands = [
+                    _scaled(x[rows[0], head], scale) for x, scale in zip((q, k, v, grad_out), scales, strict=True)
+                ]
+                found = _long_gradients(*operands, num_history[0])
+                for grad, one, scale in zip(grads, found, scales[:3], strict=True):
+                    grad[rows[0], head] = one if scale == 1.0 else one.mul_(scale)
+            continue
+        padded = [blocked.pad(x, rows).mul_(scale) for x, scale in zip((q, k, v, grad_out), scales, strict=True)]
+        found = _group_gradients(*padded, num_history)  # [H, G, R, d] each
+        for grad, one, scale in zip(grads, found, scales[:3], strict=True):
+            for r, sequence in zip(rows, one.mul_(scale).unbind(1), strict=True):
+                grad[r] = sequence[:, : r.stop - r.start].transpose(0, 1)
 
 
 def _group_gradients(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad_out: torch.Tensor, num_history: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q (scaled by alpha), k and v of a group, [H, G, R, d] each, summed in float32 at least."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
-    for strip, seen, forbidden in _strips(q.shape[2], num_history, q.device):
-        strip_q, strip_grad = q[:, :, strip], grad_out[:, :, strip]
-        seen_k, seen_v = k[:, :, seen], v[:, :, seen]
-        scores = strip_q @ seen_k.mT  # [H, G, strip, seen]
-        gate = torch.sigmoid(scores)
-        grad_scores = strip_grad @ seen_v.mT
-        # SiLU(s) = s g, and its slope is g (1 + s (1 - g)), with g = sigmoid(s).
-        slope = torch.addcmul(gate, scores * gate, 1 - gate)
-        weights = scores.mul_(gate)
-        grad_scores.mul_(slope)
-        if forbidden is not None:
-            for x in (weights, grad_scores):
-                x[..., x.shape[-1] - forbidden.shape[-1] :].masked_fill_(forbidden, 0.0)
-        grad_q[:, :, strip] += grad_scores @ seen_k
-        grad_k[:, :, seen] += grad_scores.mT @ strip_q
-        grad_v[:, :, seen] += weights.mT @ strip_grad
+    """Gradients of q (scaled by alpha), k and v of a group of short sequences, [H, G, R, d] each."""
+    scores, grad_scores = k @ q.mT, v @ grad_out.mT  # transposed: [H, G, keys, queries]
+    forbidden = blocked.forbidden_mask(0, q.shape[2], num_history, q.device).mT
+    weights = _weights(scores, grad_scores, forbidden)
+    return grad_scores.mT @ k, grad_scores @ q, weights @ grad_out
+
+
+def _long_gradients(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad_out: torch.Tensor, num_history: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q (scaled by alpha), k and v of one head of a long sequence, [R, d] each."""
+    grad_q = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+    grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
+    size = min(blocked.BLOCK_ROWS, num_history)
+    earlier = torch.ones(size, size, dtype=torch.bool, device=q.device).tril_(-1)  # queries before the key
+    for start in range(0, num_history, blocked.BLOCK_ROWS):
+        keys = slice(start, min(start + blocked.BLOCK_ROWS, num_history))
+        size = keys.stop - start
+        scores, grad_scores = k[keys] @ q[start:].T, v[keys] @ grad_out[start:].T  # [keys, queries]
+        weights = _weights(scores, grad_scores, earlier[:size, :size])
+        torch.mm(weights, grad_out[start:], out=grad_v[keys])
+        torch.mm(grad_scores, q[start:], out=grad_k[keys])
+        grad_q[start:] += grad_scores.T @ k[keys]
+        del scores, grad_scores, weights  # before the next block's
+    own = slice(num_history, None)  # no other token sees a candidate
+    wide_q, wide_k, wide_v, wide_grad = (x[own].to(grad_q.dtype) for x in (q, k, v, grad_out))
+    scores = (wide_q * wide_k).sum(-1, keepdim=True)  # [R - n, 1]
+    grad_scores = torch.ops.aten.silu_backward((wide_grad * wide_v).sum(-1, keepdim=True), scores)
+    grad_q[own] += grad_scores * wide_k
+    grad_k[own] = grad_scores * wide_q
+    grad_v[own] = F.silu(scores) * wide_grad
     return grad_q, grad_k, grad_v
 
 
-def _strips(
-    num_rows: int, num_history: list[int], device: torch.device
-) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
-    """Pieces of the score matrix: rows, columns, and which scores of the last columns are forbidden, bool [G, R, C]."""
-    for start in range(0, num_rows, blocked.BLOCK_ROWS):
-        end = min(start + blocked.BLOCK_ROWS, num_rows)
-        forbidden = blocked.forbidden_mask(start, end, num_history, device)
-        if start < max(num_history) or start == 0:
-            yield slice(start, end), slice(0, end), forbidden
-        else:  # candidates alone see nothing between the history and themselves
-            yield slice(start, end), slice(0, max(num_history)), None
-            yield slice(start, end), slice(start, end), forbidden
+def _weights(scores: torch.Tensor, grad_scores: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
+    """SiLU of scores; `grad_scores`, the gradient of that, becomes that of the scores themselves.
+
+    scores, grad_scores: [..., keys, queries]; forbidden: bool [..., keys, C], which of the first C queries must not see
+    a key: there both become 0.
+    """
+    scores[..., : forbidden.shape[-1]].masked_fill_(forbidden, FORBIDDEN)
+    torch.ops.aten.silu_backward.grad_input(grad_scores, scores, grad_input=grad_scores)
+    return F.silu(scores, inplace=True)
+
+
+def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """A contiguous copy of x times a factor."""
+    copy = x.clone(memory_format=torch.contiguous_format)
+    return copy if scale == 1.0 else copy.mul_(scale)
