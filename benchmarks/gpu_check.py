@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_check.py            # everything, under ten minutes a part
     python benchmarks/gpu_check.py --part e2e
+    python benchmarks/gpu_check.py --device cpu --quick --results /some/folder   # only to see that every part starts
 
 Records go to benchmarks/results/<device>/. A part that fails does not stop the others; the exit code says so.
 """
@@ -18,46 +19,60 @@ import typer
 
 REPOSITORY = Path(__file__).parent.parent
 
+QUICK = {
+    "layer": ["--config", "tiny", "--history", "16", "--batch-size", "1", "--num-iters", "1"],
+    "layer-host": ["--config", "tiny", "--history", "16", "--batch-size", "1", "--num-iters", "1"],
+    "layer-eager": ["--config", "tiny", "--history", "16", "--batch-size", "1", "--num-iters", "1"],
+    "e2e": [
+        "--config", "tiny", "--history-step", "8", "--num-batches", "3", "--candidates", "4", "--num-users", "1,2",
+        "--num-iters", "1",
+    ],
+    "attention": ["--batch-size", "2", "--head-dims", "32,64", "--seqlens", "48,100", "--num-iters", "2"],
+}  # fmt: skip
+"""Sizes for a look at whether a part starts: these options come last, and the last one counts."""
 
-def commands(device: str, results: Path) -> dict[str, list[str]]:
+
+def commands(device: str, results: Path, *, quick: bool = False) -> dict[str, list[str]]:
     """What to run, by the name of the part."""
     hstu = [sys.executable, "-m", "hstu_cli"]
 
-    def record(name: str) -> list[str]:
-        return ["--device", device, "--output-json", str(results / f"{name}.json")]
+    def part(name: str, *command: str) -> list[str]:
+        file = name if name == "attention" else f"bench-{name}"
+        record = ["--device", device, "--output-json", str(results / f"{file}.json")]
+        return [*command, *record, *(QUICK[name] if quick else [])]
 
     return {
         "tests": [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"],
-        "layer": [*hstu, "bench-layer", "--num-iters", "20", "--num-iters-warmup", "3", *record("bench-layer")],
-        "layer-host": [
-            *hstu, "bench-layer", "--history", "4096", "--cache-tier", "host", *record("bench-layer-host"),
-        ],
-        "layer-eager": [
-            *hstu, "bench-layer", "--history", "4096", "--cached", "0,31/32", "--compare", "eager",
-            *record("bench-layer-eager"),
-        ],
-        "e2e": [*hstu, "bench-e2e", "--num-iters", "10", *record("bench-e2e")],
-    }  # fmt: skip
+        "attention": part("attention", sys.executable, "benchmarks/attention.py"),
+        "layer": part("layer", *hstu, "bench-layer", "--num-iters", "20", "--num-iters-warmup", "3"),
+        "layer-host": part("layer-host", *hstu, "bench-layer", "--history", "4096", "--cache-tier", "host"),
+        "layer-eager": part(
+            "layer-eager", *hstu, "bench-layer", "--history", "4096", "--cached", "0,31/32", "--compare", "eager"
+        ),
+        "e2e": part("e2e", *hstu, "bench-e2e", "--num-iters", "10"),
+    }
 
 
-def device_folder() -> Path:
-    """The folder of this GPU's results, named after it."""
+def device_folder(device: str) -> Path:
+    """The folder of this device's results, named after it."""
     from hstu_cli.backend import open_device
 
-    name = open_device("auto").backend.device_name
+    name = open_device(device).backend.device_name
     return REPOSITORY / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def main(
     device: Annotated[str, typer.Option(help="As in hstu --device.")] = "cuda",
     part: Annotated[list[str] | None, typer.Option(help="Run this part alone; repeatable.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Folder of the records.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, whose figures mean nothing.")] = False,
 ) -> None:
     """Run the parts in order, each with its own time and exit code."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     sys.path.insert(0, str(REPOSITORY))
-    results = device_folder()
+    results = results or device_folder(device)
     results.mkdir(parents=True, exist_ok=True)
-    parts = commands(device, results)
+    parts = commands(device, results, quick=quick)
     unknown = set(part or ()) - set(parts)
     if unknown:
         raise typer.BadParameter(f"there is no part {', '.join(sorted(unknown))}; choose from {', '.join(parts)}")

@@ -97,7 +97,7 @@ def test_an_uncached_output_that_rounding_cannot_explain_invalidates_the_run(mon
 
 
 def test_pages_that_were_not_copied_from_the_host_invalidate_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block, "start_transfer", lambda *arguments: TransferJob([Event()] * 2))
+    monkeypatch.setattr(block, "start_transfer", lambda *arguments, **options: TransferJob([Event()] * 2))
     result = invoke(*SMALL, *ONE, "--cached", "1/2", "--cache-tier", "host", "--format", "json")
     assert result.exit_code == 1
     assert "output error nan" in json.loads(result.stdout)["reasons"][0]

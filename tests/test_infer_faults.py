@@ -184,7 +184,7 @@ def test_ids_beyond_a_table_without_keys_exit_1_or_4_with_the_table(root: Path, 
 
 
 def test_random_tables_beyond_memory_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hstu_cli.backend.physical_memory_bytes", lambda: 10_000)
+    monkeypatch.setattr("hstu_cli.backend.base.physical_memory_bytes", lambda: 10_000)
     assert "GB" in failure_of(1, *tiny(root))
 
 

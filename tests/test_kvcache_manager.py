@@ -1,19 +1,20 @@
 """The cache manager on real pages: transfers, failures, and what is served to whom."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 from support.deferred import CopyFailedError, DeferredBackend
 
+from hstu_cli.backend import Backend
 from hstu_cli.config import ModelConfig
 from hstu_cli.kernels import plan_batch
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
 from hstu_cli.kvcache.batch import CacheBatch
 from hstu_cli.kvcache.fingerprint import HistoryFingerprint
 from hstu_cli.kvcache.manager import kv_bytes_per_token
-from hstu_cli.kvcache.storage import PageStorage
+from hstu_cli.kvcache.storage import PageStorage, offload_pages, onload_pages
 from hstu_cli.kvcache.transfers import PageCopy, start_transfer
 
 CONFIG = ModelConfig(
@@ -143,7 +144,8 @@ def test_evicted_users_come_back_from_the_host_bit_for_bit() -> None:
     assert (counters.bytes_offloaded, counters.bytes_onloaded) == (8 * PAGE_BYTES, 4 * PAGE_BYTES)
 
 
-def test_transfers_touch_the_pages_they_name_and_no_other() -> None:
+@pytest.mark.parametrize("to_host", [False, True])
+def test_transfers_touch_the_pages_they_name_and_no_other(to_host: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     source, target = (PageStorage(torch.randn(3, 6, 2, PAGE_SIZE, 2, 4, generator=generator)) for _ in range(2))
     expected_source, expected = source.pages.clone(), target.pages.clone()
@@ -153,7 +155,7 @@ def test_transfers_touch_the_pages_they_name_and_no_other() -> None:
             expected[:, b] = source.pages[:, a]
     backend = DeferredBackend()
     untouched = target.pages.clone()
-    job = start_transfer(backend, source, target, copies)
+    job = start_transfer(backend, source, target, copies, to_host=to_host)
     assert torch.equal(target.pages, untouched)
     job.wait_layer(0)
     assert torch.equal(target.pages[0], expected[0])
@@ -161,6 +163,53 @@ def test_transfers_touch_the_pages_they_name_and_no_other() -> None:
     job.wait()
     assert torch.equal(target.pages, expected)
     assert torch.equal(source.pages, expected_source)
+
+
+@pytest.mark.parametrize("ids", [[], [4], [0, 1, 2, 5, 3], [5, 4, 3, 2, 1, 0]], ids=str)
+@pytest.mark.parametrize("copy", [onload_pages, offload_pages])
+def test_pages_between_host_and_device_go_through_one_place(
+    copy: Callable[[torch.Tensor, torch.Tensor, Sequence[int], Sequence[int]], None], ids: list[int]
+) -> None:
+    """What is copied in stretches and gathered or spread by a kernel; here both sides are a CPU's."""
+    source, target = torch.randn(2, 6, 2, PAGE_SIZE, 2, 4)
+    target_ids = [2, 0, 5, 4, 1, 3][: len(ids)]
+    expected = target.clone()
+    expected[target_ids] = source[ids]
+    kept = source.clone()
+    copy(source, target, ids, target_ids)
+    assert torch.equal(target, expected)
+    assert torch.equal(source, kept)
+
+
+def test_neighbours_in_host_memory_are_copied_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever users they are of, and in whatever order their pages were given to them."""
+    source, target = (PageStorage(torch.randn(1, 8, 2, PAGE_SIZE, 2, 4)) for _ in range(2))
+    copied: list[tuple[list[int], list[int]]] = []
+
+    def note(
+        self: PageStorage, target: PageStorage, layer: int, pages: Sequence[int], target_pages: Sequence[int]
+    ) -> None:
+        copied.append((list(pages), list(target_pages)))
+
+    monkeypatch.setattr(PageStorage, "copy_layer_to", note)
+    copies = [PageCopy([7, 2, 4], [1, 0, 5]), PageCopy([3, 5], [7, 2])]
+    for to_host in (False, True):
+        start_transfer(Backend(), source, target, copies, to_host=to_host)
+    assert copied == [([2, 3, 4, 5, 7], [0, 7, 5, 2, 1]), ([2, 7, 5, 4, 3], [0, 1, 2, 5, 7])]
+
+
+def test_a_page_is_written_back_before_something_else_is_copied_into_it() -> None:
+    """Layer by layer: the copies of the other direction do not wait for a whole victim."""
+    device, first, second = (PageStorage(torch.randn(3, 1, 2, PAGE_SIZE, 2, 4)) for _ in range(3))
+    old, new = device.pages.clone(), second.pages.clone()
+    backend = DeferredBackend()
+    write_back = start_transfer(backend, device, first, [PageCopy([0], [0])], to_host=True)
+    onload = start_transfer(backend, second, device, [PageCopy([0], [0])], to_host=False, after=[write_back])
+    for layer in range(3):
+        onload.wait_layer(layer)
+        assert backend.num_pending == 2 * (2 - layer)
+        assert torch.equal(device.pages[: layer + 1], new[: layer + 1])
+        assert torch.equal(first.pages[: layer + 1], old[: layer + 1])
 
 
 def state(manager: KVCacheManager) -> tuple[object, ...]:
@@ -193,7 +242,7 @@ def test_an_offload_that_fails_midway_is_undone(fails_at: int) -> None:
     assert manager.host.users() == [1, 2]
 
 
-def test_an_offload_that_fails_on_its_second_item_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_offload_that_fails_within_its_second_layer_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     manager = cache(num_pages=4, host_pages=8)
     serve(manager, {1: 4})
     serve(manager, {2: 4})
@@ -203,7 +252,8 @@ def test_an_offload_that_fails_on_its_second_item_is_undone(monkeypatch: pytest.
     def fail_on_second(
         self: PageStorage, target: PageStorage, layer: int, pages: Sequence[int], target_pages: Sequence[int]
     ) -> None:
-        if list(pages) == manager.device.get(2).pages:
+        if layer == 1:
+            copy_layer_to(self, target, layer, pages[:1], target_pages[:1])
             raise CopyFailedError
         copy_layer_to(self, target, layer, pages, target_pages)
 

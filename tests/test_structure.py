@@ -71,11 +71,11 @@ def test_files_are_short_and_say_what_they_do(path: Path) -> None:
 
 def test_only_backend_names_devices() -> None:
     named = {
-        str(path.relative_to(PACKAGE))
+        part_of(path)
         for path in SOURCES
         if re.search(r"torch\.(cuda|npu)\b|\.cuda\(|\.npu\(", path.read_text(encoding="utf-8"))
     }
-    assert named == {"backend.py"}
+    assert named == {"backend"}
 
 
 def run_python(code: str, **environment: str) -> str:

@@ -39,7 +39,7 @@ def blocks(m: int, n: int) -> LaunchConfig:
     return LaunchConfig.of(BLOCK_M=m, BLOCK_N=n, num_warps=4, num_stages=2)
 
 
-SHAPES = (blocks(16, 16), blocks(32, 128), blocks(128, 32), blocks(64, 64))
+SHAPES = (blocks(16, 16), blocks(32, 128), blocks(128, 32), dataclasses.replace(blocks(64, 64), max_registers=128))
 """Square and not, of rows and keys."""
 
 every_shape = pytest.mark.parametrize("config", SHAPES, ids=lambda config: config.label)
@@ -298,6 +298,24 @@ def test_keys_are_split_where_rows_are_few() -> None:
     assert splits(1, 4352, 0, MORE_SPLITS) == 2
     assert splits(1, 128, 256) == 1
     assert splits(32, 4096, 0) == 1
+
+
+@pytest.mark.parametrize("number", [0, -1], ids=["first", "last"])
+def test_tuning_chooses_among_all(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few programs the last choices have twice the splits."""
+    from hstu_cli.kernels.attention import triton
+
+    chosen = []
+
+    def choose(kernel, key, configs, run, **named):
+        chosen.append(configs[number])
+        return configs[number]
+
+    monkeypatch.setattr(triton, "choose_config", choose)
+    monkeypatch.setattr(triton, "FEW_ROUNDS", 10_000)
+    inputs = make_inputs(AttentionCase((700,), (9,), num_heads=1, head_dim=16), torch.float16)
+    assert_right(inputs, run(inputs))
+    assert [config.variant for config in chosen] == ["" if number == 0 else triton.MORE_SPLITS]
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """The HSTU block on random tokens, uncached and over a paged cache: what `bench-layer` times."""
 
 import copy
+from dataclasses import replace
 
 import torch
 
@@ -33,7 +34,8 @@ def random_block(config: ModelConfig, backend: Backend, dtype: torch.dtype, seed
 class BlockWorkload:
     """A batch of equal sequences, of which any part of the history can be taken as cached.
 
-    The pages of a sequence are scattered over the pool, as after many evictions.
+    The pages of a sequence are scattered over the pool, as after many evictions. Sizes and page tables are brought to
+    the device before the first run with them: that is work of a step, not of its layers, and `bench-e2e` has it.
     """
 
     def __init__(
@@ -47,9 +49,12 @@ class BlockWorkload:
         num_candidates: int,
         page_size: int,
         seed: int,
+        append_impl: str = "torch",
     ) -> None:
+        """append_impl: what writes new keys and values into pages, a name from `APPEND_IMPLEMENTATIONS`."""
         self.block, self.config, self.backend = block, config, backend
         self.batch_size, self.num_history, self.num_candidates = batch_size, num_history, num_candidates
+        self.append_impl = append_impl
         self.page_size, self.pages_each = page_size, -(-num_history // page_size)
         generator = torch.Generator().manual_seed(seed)
         weight = next(block.parameters())
@@ -62,6 +67,8 @@ class BlockWorkload:
         self.storage = PageStorage(backend.device_tensor(shape, weight.dtype))
         self.page_ids = torch.randperm(num_pages, generator=generator).view(batch_size, self.pages_each)  # on the host
         self._host: PageStorage | None = None
+        self._uncached_plan: BatchPlan | None = None
+        self._attentions: dict[tuple[int, str], PagedAttention] = {}  # by cached tokens and implementation
 
     def new_tokens(self, num_cached: int) -> torch.Tensor:
         """The tokens that are not cached, [B * (n - num_cached + c), D]."""
@@ -70,7 +77,8 @@ class BlockWorkload:
     @torch.no_grad()
     def uncached(self, x: torch.Tensor, impl: str) -> torch.Tensor:
         """Output for all tokens x [B * (n + c), D]."""
-        return self.block(x, JaggedAttention(self.config, self._plan(0), impl))
+        self._uncached_plan = self._uncached_plan or self._plan(0, self.x.device)
+        return self.block(x, JaggedAttention(self.config, self._uncached_plan, impl))
 
     @torch.no_grad()
     def cached(self, x: torch.Tensor, num_cached: int, impl: str, *, from_host: bool = False) -> torch.Tensor:
@@ -79,7 +87,13 @@ class BlockWorkload:
         from_host: the cached pages are copied from host memory first, layer by layer.
         """
         jobs = [self._start_onload(num_cached)] if from_host else []
-        device = self.storage.pages.device
+        key = num_cached, impl
+        if key not in self._attentions:
+            self._attentions[key] = self._attention(num_cached, impl)
+        return self.block(x, replace(self._attentions[key], jobs=jobs))
+
+    def _attention(self, num_cached: int, impl: str) -> PagedAttention:
+        """Attention over so many cached tokens a sequence, on the device."""
         token = torch.arange(num_cached, self.num_history)
         length = self.num_history - num_cached + self.num_candidates
         rows = torch.arange(self.batch_size)[:, None] * length + token - num_cached
@@ -91,19 +105,20 @@ class BlockWorkload:
             num_sequences=self.batch_size,
             num_pages=self.page_ids.numel(),
             page_size=self.page_size,
-            device=device,
+            device="cpu",
         )
         attention = PagedAttention(
             config=self.config,
             storage=self.storage,
-            jobs=jobs,
+            jobs=[],
             plan=self._plan(num_cached),
             page_plan=page_plan,
-            new_rows=rows.flatten().to(device),
-            new_slots=slots.flatten().to(device),
+            new_rows=rows.flatten(),
+            new_slots=slots.flatten(),
             impl=impl,
+            append_impl=self.append_impl,
         )
-        return self.block(x, attention)
+        return attention.to(self.storage.pages.device)
 
     @torch.no_grad()
     def exact_first(self, impl: str) -> torch.Tensor:
@@ -129,11 +144,11 @@ class BlockWorkload:
         if self._host is None:
             raise ValueError("nothing is in host memory; call copy_to_host first")
         ids = self.page_ids[:, : -(-num_cached // self.page_size)].flatten().tolist()
-        return start_transfer(self.backend, self._host, self.storage, [PageCopy(ids, ids)])
+        return start_transfer(self.backend, self._host, self.storage, [PageCopy(ids, ids)], to_host=False)
 
-    def _plan(self, num_cached: int) -> BatchPlan:
+    def _plan(self, num_cached: int, device: torch.device | str = "cpu") -> BatchPlan:
         """The batch of the tokens that are not cached."""
         length = self.num_history - num_cached + self.num_candidates
         offsets = torch.arange(self.batch_size + 1) * length
         candidates = torch.full((self.batch_size,), self.num_candidates)
-        return plan_batch(offsets, candidates, self.batch_size * length, self.x.device)
+        return plan_batch(offsets, candidates, self.batch_size * length, device)

@@ -23,8 +23,10 @@ from hstu_cli.config import ModelConfig
 from hstu_cli.errors import UsageError
 from hstu_cli.kernels.dispatch import exact_impl
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
+from hstu_cli.model.buckets import Bucket
 from hstu_cli.model.cost import SequenceShape, activation_bytes, block_bytes, block_flops, block_parameters
 from hstu_cli.model.engine import InferenceEngine
+from hstu_cli.model.graphs import GraphRunner, why_not_captured
 from hstu_cli.model.lookups import make_lookup
 from hstu_cli.model.ranking import RankingModel, random_model
 from hstu_cli.model.tokens import UserRequest
@@ -79,6 +81,11 @@ class GrowingUsers:
             [SequenceShape(n, m, self.num_candidates)] * self.num_users for n, m in zip(lengths, known, strict=True)
         ]
 
+    def buckets(self, config: ModelConfig) -> list[Bucket]:
+        """The sizes of the cached steps: graphs of them need no padding."""
+        sizes = {sum(shape.num_new for shape in batch) for batch in self.shapes(config, cached=True)}
+        return [Bucket(size, self.num_users) for size in sizes]
+
     def cost(self, config: ModelConfig, itemsize: int, *, cached: bool) -> tuple[int, int]:
         """FLOPs and bytes of the block over all batches."""
         batches = self.shapes(config, cached=cached)
@@ -120,6 +127,13 @@ class _Variant:
     def step(self, index: int, requests: Sequence[UserRequest]) -> None:
         self.logits[index] = self.engine.step(requests).logits
 
+    def capture(self) -> None:
+        """Capture the graphs of a variant that has some; OutOfMemoryError where memory does not suffice for all."""
+        if self.engine.graphs is not None:
+            self.engine.graphs.capture()
+            if self.engine.graphs.left_out:
+                raise OutOfMemoryError
+
     def forget(self) -> None:
         """Begin anew: nobody is cached."""
         if self.engine.cache is not None:
@@ -138,6 +152,7 @@ def run_e2e_benchmark(
     variants: Sequence[str],
     *,
     impl: str,
+    append_impl: str,
     page_size: int,
     seed: int,
     embeddings: Sequence[str],
@@ -159,18 +174,21 @@ def run_e2e_benchmark(
                 config, session.dtype.itemsize, page_size, dense=impl == "reference", num_caches=len(embeddings)
             )
         )
-        reasons = {name: lacking or _why_not(session, name) for name in variants}
+        reasons = {name: lacking or _why_not(session, name, impl) for name in variants}
         runnable = [name for name in variants if reasons[name] is None]
         runs: list[_Variant] = []
         for embedding, lookup in lookups.items() if runnable else ():
             for name in dict.fromkeys((BASELINE, *runnable)):  # the others are compared with the baseline
-                pool = KVCacheConfig(workload.pages(config, page_size), page_size)
+                pool = KVCacheConfig(workload.pages(config, page_size), page_size, append_impl=append_impl)
                 cache = KVCacheManager(pool, config, session.dtype, session.backend) if name != BASELINE else None
+                graphs = GraphRunner(model.layers, cache, impl, workload.buckets(config)) if name == GRAPH else None
                 label = name if len(lookups) == 1 else f"{embedding}, {name}"
-                runs.append(_Variant((embedding, name), label, InferenceEngine(model, impl, cache, lookup)))
+                runs.append(_Variant((embedding, name), label, InferenceEngine(model, impl, cache, lookup, graphs)))
         measured = {}
         try:
             with out_of_memory_named():
+                for run in runs:
+                    run.capture()
                 measured = _measured(session, workload, runs, config, exact, seed) if runs else {}
         except OutOfMemoryError:
             reasons |= dict.fromkeys(runnable, "ran out of memory")
@@ -266,6 +284,8 @@ def _measured(
             "speedup_limit_roofline": least(base_flops, base_bytes) / least(flops, num_bytes),
             "max_abs_logit_difference": max(float(np.abs(own - expected).max()) for own, expected in pairs),
         }
+        if run.engine.graphs is not None:
+            measured[run.key]["cuda_graph"] = run.engine.graphs.summary()
     return measured
 
 
@@ -279,6 +299,6 @@ def _rounding(base: _Variant, batches: Sequence[Sequence[UserRequest]], exact: I
     return max(errors)
 
 
-def _why_not(session: BenchSession, variant: str) -> str | None:
+def _why_not(session: BenchSession, variant: str, impl: str) -> str | None:
     """Why a variant cannot run here, or None."""
-    return session.backend.why_no_graphs() if variant == GRAPH else None
+    return (session.backend.why_no_graphs() or why_not_captured(impl)) if variant == GRAPH else None

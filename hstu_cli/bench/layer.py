@@ -114,6 +114,7 @@ def run_layer_benchmark(
     grid: LayerGrid,
     *,
     impl: str,
+    append_impl: str,
     page_size: int,
     seed: int,
     preset: str | None,
@@ -147,6 +148,7 @@ def run_layer_benchmark(
                     num_candidates=group.candidates,
                     page_size=page_size,
                     seed=seed,
+                    append_impl=append_impl,
                 )
                 rows = _measured_rows(session, grid, group, workload, impls, preset)
         except OutOfMemoryError:

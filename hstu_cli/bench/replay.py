@@ -89,8 +89,10 @@ class Replay:
             kv_cache["token_work_ratio"] = (computed + skipped) / computed if computed else None
         if self.verifier is not None:
             kv_cache["verified"] = self.verifier.summary()
+        graphs = self.engine.graphs
         return {
             "kv_cache": kv_cache,
+            "cuda_graph": {"enabled": graphs is not None, **(graphs.summary() if graphs is not None else {})},
             "num_batches": len(self.latencies_ms),
             "batch_size": self.batch_size,
             "num_requests": self.num_requests,

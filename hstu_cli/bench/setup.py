@@ -19,13 +19,14 @@ from hstu_cli.model.tokens import VIDEO_TABLE
 class CacheOptions:
     """The sizes of a cache; None takes what the requests need and memory allows.
 
-    verify_host: keep checksums of what is in host memory.
+    verify_host: keep checksums of what is in host memory. append_impl: what writes new keys and values into pages.
     """
 
     page_size: int = 32
     num_pages: int | None = None
     host_bytes: int | None = None
     verify_host: bool = False
+    append_impl: str = "auto"
 
 
 def build_cache(
@@ -52,7 +53,7 @@ def build_cache(
     ):
         if size > memory:
             raise RunError(f"The KV cache does not fit: {what}: {size / 1e9:,.1f} GB, of {memory / 1e9:,.1f} GB here.")
-    sizes = KVCacheConfig(num_pages, options.page_size, host_bytes, options.verify_host)
+    sizes = KVCacheConfig(num_pages, options.page_size, host_bytes, options.verify_host, options.append_impl)
     return KVCacheManager(sizes, config, dtype, backend)
 
 

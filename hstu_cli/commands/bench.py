@@ -113,6 +113,7 @@ def overview(record: Mapping[str, Any]) -> Table:
         {
             "Device": f"{device['name']} ({device['actual']}), {device['dtype']}",
             "Implementation": f"{device['impl']} ({device['impl_reason']})",
+            **({"Appended by": f"{append['name']} ({append['reason']})"} if (append := record.get("append")) else {}),
             **({"Ceilings, measured": _rates(ceilings)} if ceilings else {}),
             **({"Scaled": record["scaled"]} if record.get("scaled") else {}),
             **({"Warnings": "; ".join(record["warnings"])} if record.get("warnings") else {}),

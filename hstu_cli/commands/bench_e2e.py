@@ -32,6 +32,7 @@ def bench_e2e(
     embedding: Annotated[
         str, typer.Option(metavar="LIST", help="What looks embeddings up: auto (torch), torch, torchrec, dynamicemb.")
     ] = "auto",
+    append_impl: options.AppendImpl = "auto",
     config: options.Config = None,
     page_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a page.", show_default="32, or the hardware preset's")
@@ -63,6 +64,7 @@ def bench_e2e(
     from hstu_cli.charts import check_plot
     from hstu_cli.commands import bench
     from hstu_cli.commands.opening import open_run
+    from hstu_cli.kernels.append_pages import choose_append_impl
     from hstu_cli.model.lookups import choose_embedding
 
     if plot is not None:
@@ -86,9 +88,11 @@ def bench_e2e(
     workloads = [GrowingUsers(count, history_step, num_batches, candidates) for count in users]
     workloads[0].check(model_config)
     tokens = page_size or (preset.page_size if preset else 32)
+    append = choose_append_impl(append_impl, opened.backend.type, opened.dtype, head_dim=model_config.head_dim)
     opened.reporter.record |= {
         "model": model_config.to_dict(),
         "page_size": tokens,
+        "append": asdict(append),
         "embeddings": [asdict(choice) for choice in choices.values()],
     }
     if dry_run:
@@ -129,6 +133,7 @@ def bench_e2e(
             workloads,
             chosen,
             impl=opened.impl.name,
+            append_impl=append.name,
             page_size=tokens,
             seed=seed,
             embeddings=list(choices),

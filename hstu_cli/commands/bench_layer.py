@@ -1,6 +1,7 @@
 """`hstu bench-layer`: the block alone, cached against recomputed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,6 +42,7 @@ def bench_layer(
     compare: Annotated[
         str | None, typer.Option(help="eager: also time the plain PyTorch composition.", metavar="eager")
     ] = None,
+    append_impl: options.AppendImpl = "auto",
     config: options.Config = None,
     page_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a page.", show_default="32, or the hardware preset's")
@@ -76,6 +78,7 @@ def bench_layer(
     from hstu_cli.charts import check_plot
     from hstu_cli.commands import bench
     from hstu_cli.commands.opening import open_run
+    from hstu_cli.kernels.append_pages import choose_append_impl
 
     grid = LayerGrid(histories, shares, counts, sizes, cache_tier == "host", compare == "eager")
     grid.groups()  # refuses what cannot be, before anything is opened
@@ -95,7 +98,8 @@ def bench_layer(
     preset = opened.choice.preset
     model_config = benchmark_config(config, preset)
     tokens = page_size or (preset.page_size if preset else 32)
-    opened.reporter.record |= {"model": model_config.to_dict(), "page_size": tokens}
+    append = choose_append_impl(append_impl, opened.backend.type, opened.dtype, head_dim=model_config.head_dim)
+    opened.reporter.record |= {"model": model_config.to_dict(), "page_size": tokens, "append": asdict(append)}
     if dry_run:
         rows = dry_rows(grid, model_config, opened.dtype.itemsize, impl=opened.impl.name, page_size=tokens)
         bench.dry_run(opened, rows)
@@ -126,6 +130,7 @@ def bench_layer(
             model_config,
             grid,
             impl=opened.impl.name,
+            append_impl=append.name,
             page_size=tokens,
             seed=seed,
             preset=preset.name if preset and config is None else None,  # figures of this very model

@@ -63,6 +63,8 @@ def env(
         record["native"] = asdict(native)
         record["triton"] = asdict(triton_state())
         record["implementations"] = {operator: list(IMPLEMENTATIONS) for operator in operators}
+        no_graphs = backend.why_no_graphs()
+        record["cuda_graph"] = {"available": no_graphs is None, "reason": no_graphs}
         reasons = {name: why_unavailable(name, backend.type) for name in EMBEDDINGS}
         record["embeddings"] = {
             name: {"available": reason is None, "reason": reason} for name, reason in reasons.items()
@@ -93,6 +95,8 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
     for name in ("native", "triton"):
         state = record[name]
         operators[name] = state["reason"] if state["available"] else f"absent: {state['reason']}"
+    graphs = record["cuda_graph"]
+    operators["graphs"] = "available" if graphs["available"] else f"absent: {graphs['reason']}"
     return [
         key_value_table("Backends", backends | chosen),
         key_value_table("Operators", operators),

@@ -54,6 +54,14 @@ def infer(
         int | None,
         typer.Option(min=1, metavar="N", help="Recompute every Nth request uncached; differences fail."),
     ] = None,
+    append_impl: options.AppendImpl = "auto",
+    cuda_graph: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graph/--no-cuda-graph",
+            help="Capture cached steps as graphs before the first one; without either, where that is possible.",
+        ),
+    ] = None,
     embedding: options.Embedding = "auto",
     dump_logits: Annotated[bool, typer.Option("--dump-logits", help="Print the shape of each batch's logits.")] = False,
     device: options.Device = "auto",
@@ -77,13 +85,18 @@ def infer(
         raise UsageError("--predictions-out and --output-json name the same file.")
     if not kv_cache and (num_pages or host_cache_gb or verify_cache):
         raise UsageError("--num-pages, --host-cache-gb and --verify-cache need the cache: drop --no-kv-cache.")
+    if not kv_cache and cuda_graph:
+        raise UsageError("--cuda-graph captures cached steps: drop --no-kv-cache.")
     from hstu_cli.bench.replay import Replay
     from hstu_cli.bench.requests import RequestSource
     from hstu_cli.bench.setup import CacheOptions, build_cache, random_model_for, unknown_context_ids
     from hstu_cli.commands.opening import open_checkpoint, open_dataset, open_run
     from hstu_cli.config import DEFAULT_PRESET, MODEL_PRESETS, resolve_model_config
     from hstu_cli.data.predictions import PredictionsWriter, check_writable
+    from hstu_cli.kernels.append_pages import choose_append_impl
+    from hstu_cli.model.buckets import default_buckets
     from hstu_cli.model.engine import InferenceEngine
+    from hstu_cli.model.graphs import GraphRunner, choose_graphs
     from hstu_cli.model.lookups import choose_embedding, make_lookup
     from hstu_cli.model.recsys_examples import is_recsys_examples
 
@@ -104,6 +117,8 @@ def infer(
     )
     reporter, backend = opened.reporter, opened.backend
     chosen_embedding = choose_embedding(embedding, backend.type)
+    choose_append_impl(append_impl, backend.type, opened.dtype)  # refused before data is read
+    graph_choice = choose_graphs(cuda_graph, backend, opened.impl.name, cached=kv_cache)
     prepared = open_dataset(dataset, data_root, reporter)
     if checkpoint is not None:
         loaded = open_checkpoint(checkpoint, config)
@@ -123,10 +138,13 @@ def infer(
     cache = None
     if kv_cache:
         host_bytes = None if host_cache_gb is None else int(host_cache_gb * 1e9)
-        sizes = CacheOptions(page_size, num_pages, host_bytes, verify_host=verify_cache is not None)
+        sizes = CacheOptions(page_size, num_pages, host_bytes, verify_cache is not None, append_impl)
         cache = build_cache(source, model.config, model.dtype, backend, sizes)
+    graphs = None
+    if graph_choice.enabled:
+        graphs = GraphRunner(model.layers, cache, opened.impl.name, default_buckets(model.config, batch_size))
     replay = Replay(
-        InferenceEngine(model, opened.impl.name, cache, make_lookup(chosen_embedding.name, model)),
+        InferenceEngine(model, opened.impl.name, cache, make_lookup(chosen_embedding.name, model), graphs),
         source,
         backend,
         batch_size=batch_size,
@@ -143,6 +161,11 @@ def infer(
     replay.warm_up()
     writer = PredictionsWriter(predictions_out) if predictions_out is not None else None
     with reporter.running(_tables) as record, writer or nullcontext(), reporter.progress() as progress:
+        if graphs is not None:
+            progress.stage("capturing graphs")
+            graphs.capture(lambda done, total: progress.count(done, total, "sizes of a batch"))
+            for bucket in graphs.left_out:
+                reporter.warn(f"Memory did not suffice for the graph of steps of {bucket.num_tokens:,} tokens.")
         progress.stage("replaying")
 
         def on_batch(done: int, logits_shape: tuple[int, int]) -> None:
@@ -154,6 +177,7 @@ def infer(
             replay.run(writer, on_batch)
         finally:
             record |= replay.summary()
+            record["cuda_graph"]["reason"] = graph_choice.reason
         if replay.failure is not None:
             raise RunError(replay.failure)
 
@@ -172,6 +196,7 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
             "Device": f"{device['name']} ({device['actual']}), {device['dtype']}",
             "Implementation": f"{device['impl']} ({device['impl_reason']})",
             "Embedding": f"{record['embedding']['name']} ({record['embedding']['reason']})",
+            "CUDA graphs": _graphs_line(record["cuda_graph"]),
             "Requests": f"{record['num_requests']:,} in {record['num_batches']:,} batches",
             "Throughput": f"{format_value(record['throughput_rps'])} requests/s",
         },
@@ -192,6 +217,18 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
     return [overview, speed, _cache_table(record["kv_cache"]), items, tasks]
 
 
+def _graphs_line(graphs: Mapping[str, Any]) -> str:
+    """What was captured and how often it was replayed, or why nothing was."""
+    if not graphs["enabled"]:
+        return f"off ({graphs['reason']})"
+    sizes = [bucket["num_tokens"] for bucket in graphs["buckets"]]
+    span = f"for up to {min(sizes):,} to {max(sizes):,} new tokens" if sizes else "for no step"
+    return (
+        f"{graphs['captured_graphs']:,} {span}, {graphs['memory_bytes'] / 1e6:,.1f} MB, {graphs['replays']:,} replays, "
+        f"{graphs['eager_steps']:,} steps without ({graphs['reason']})"
+    )
+
+
 def _cache_table(cache: Mapping[str, Any]) -> "Table":
     """What the cache did, or that there was none."""
     from hstu_cli.report import format_value, key_value_table
@@ -210,6 +247,7 @@ def _cache_table(cache: Mapping[str, Any]) -> "Table":
         "Pages on the device: used, free, pinned": _several(device["used"], device["free"], device["pinned"]),
         "Pages on the host: used, free, pinned": _several(host["used"], host["free"], host["pinned"]),
         "Page": f"{cache['page_size']} tokens, {cache['page_bytes']:,} bytes",
+        "Appended by": f"{cache['append_impl']} ({cache['append_reason']})",
         "Evictions": cache["evictions"],
         "Dropped: stale, window moved, corrupt": _several(
             cache["stale_drops"], cache["window_moves"], cache["corrupt_drops"]

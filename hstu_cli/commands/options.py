@@ -32,6 +32,9 @@ RequireDevice = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16; auto is fp32 on a CPU, bf16 elsewhere.")]
 Impl = Annotated[str, typer.Option(help="Implementation of the operators: auto, reference, blocked or native.")]
+AppendImpl = Annotated[
+    str, typer.Option(help="What writes new keys and values into pages: auto, triton, flashinfer or torch.")
+]
 Embedding = Annotated[str, typer.Option(help="What looks embeddings up: auto (torch), torch, torchrec or dynamicemb.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Config = Annotated[

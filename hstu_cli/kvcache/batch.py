@@ -1,11 +1,12 @@
 """A batch on the cache: which tokens each request skips, and the attention of those that it computes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from hstu_cli.backend import upload
 from hstu_cli.config import ModelConfig
 from hstu_cli.kernels import BatchPlan, PagePlan, append_to_pages, paged_attention, plan_pages
 from hstu_cli.kvcache.fingerprint import HistoryFingerprint
@@ -44,6 +45,7 @@ class CacheBatch:
     requests: list[CachedRequest]
     storage: PageStorage
     page_size: int
+    append_impl: str
     reservation: Reservation
     host_hold: Hold
     jobs: list[TransferJob] = field(default_factory=list)
@@ -56,7 +58,8 @@ class CacheBatch:
     def attention(self, config: ModelConfig, plan: BatchPlan, impl: str) -> "PagedAttention":
         """Attention of the run that computes all tokens that are not skipped, and stores the new ones.
 
-        plan: the batch of those tokens, for the device of the pages.
+        plan: the batch of those tokens; on the host, so are all tensors of the result, which `to` then brings to
+          the device of the pages.
         """
         rows, slots = self._new_slots(plan.on_host()[0])
         return self._attention(config, self.requests, self.num_cached_tokens, plan, impl, rows, slots)
@@ -90,7 +93,7 @@ class CacheBatch:
         rows: np.ndarray,
         slots: np.ndarray,
     ) -> "PagedAttention":
-        device = self.storage.pages.device
+        device = plan.seq_offsets.device
         tables = [request.pages for request in requests]
         page_plan = plan_pages(
             torch.tensor([0, *map(len, tables)]).cumsum(0),
@@ -110,6 +113,7 @@ class CacheBatch:
             new_rows=torch.from_numpy(rows).to(device),
             new_slots=torch.from_numpy(slots).to(device),
             impl=impl,
+            append_impl=self.append_impl,
         )
 
 
@@ -117,8 +121,9 @@ class CacheBatch:
 class PagedAttention:
     """The attention of one run over a cache batch, planned once for all layers.
 
-    new_rows, new_slots: int64 [n] on the device, which of the batch's tokens are stored and where; see
-    `append_to_pages`.
+    jobs: copies into and out of the pages; a layer waits for its own alone.
+    new_rows, new_slots: int64 [n], which of the batch's tokens are stored and where; see `append_to_pages`.
+    The tensors are on the device of the pages, or on the host until `to` brings them there.
     """
 
     config: ModelConfig
@@ -129,6 +134,22 @@ class PagedAttention:
     new_rows: torch.Tensor
     new_slots: torch.Tensor
     impl: str
+    append_impl: str = "torch"
+
+    def to(self, device: torch.device) -> "PagedAttention":
+        """The same with its tensors on a device: two copies, for which nobody waits."""
+        plan, pages = self.plan, self.page_plan
+        offsets, candidates, indptr, ids, lengths = upload(
+            [plan.seq_offsets, plan.num_candidates, pages.page_indptr, pages.page_ids, pages.cached_lengths], device
+        )
+        rows, slots = upload([self.new_rows, self.new_slots], device)
+        return replace(
+            self,
+            plan=replace(plan, seq_offsets=offsets, num_candidates=candidates),
+            page_plan=replace(pages, page_indptr=indptr, page_ids=ids, cached_lengths=lengths),
+            new_rows=rows,
+            new_slots=slots,
+        )
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Wait for this layer's pages, store what is new, and attend: q, k, v and result [T, H, d]."""
@@ -136,9 +157,7 @@ class PagedAttention:
             job.wait_layer(layer)
         pages = self.storage.pages[layer]
         if len(self.new_rows):
-            append_to_pages(
-                k, v, self.new_rows, pages, self.new_slots, impl="native" if self.impl == "native" else "torch"
-            )
+            append_to_pages(k, v, self.new_rows, pages, self.new_slots, impl=self.append_impl)
         return paged_attention(
             q,
             k,

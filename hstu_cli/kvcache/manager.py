@@ -8,6 +8,7 @@ import torch
 
 from hstu_cli.backend import Backend
 from hstu_cli.config import ModelConfig
+from hstu_cli.kernels.append_pages import choose_append_impl
 from hstu_cli.kvcache.batch import CacheBatch, CachedRequest
 from hstu_cli.kvcache.fingerprint import HistoryFingerprint
 from hstu_cli.kvcache.storage import PageStorage
@@ -20,12 +21,14 @@ class KVCacheConfig:
     """Sizes of a cache: pages on the device, tokens in a page, bytes of host memory behind it.
 
     verify_host: keep a checksum of every page in host memory, and drop what was changed there.
+    append_impl: what writes new keys and values into pages; see `choose_append_impl`.
     """
 
     num_pages: int
     page_size: int = 32
     host_bytes: int = 0
     verify_host: bool = False
+    append_impl: str = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("num_pages", 1), ("page_size", 1), ("host_bytes", 0)):
@@ -62,10 +65,12 @@ class KVCacheManager:
     """
 
     def __init__(self, config: KVCacheConfig, model: ModelConfig, dtype: torch.dtype, backend: Backend) -> None:
-        self.config, self.backend = config, backend
+        self.config, self.model, self.backend = config, model, backend
+        self.append = choose_append_impl(config.append_impl, backend.type, dtype, head_dim=model.head_dim)
         self.counters = CacheCounters()
         shape = (2, config.page_size, model.num_heads, model.head_dim)
-        device_pages = backend.device_tensor((model.num_layers, config.num_pages, *shape), dtype)
+        # One page more than the books know: what the padding of a batch appends goes there, and is never read.
+        device_pages = backend.device_tensor((model.num_layers, config.num_pages + 1, *shape), dtype)
         self.device, self.device_storage = Tier(config.num_pages), PageStorage(device_pages)
         self.page_bytes = config.page_size * kv_bytes_per_token(model, dtype)
         host_pages = config.host_bytes // self.page_bytes
@@ -73,6 +78,12 @@ class KVCacheManager:
         if host_pages:
             self.host = Tier(host_pages)
             self.host_storage = PageStorage(backend.host_tensor((model.num_layers, host_pages, *shape), dtype))
+
+    @property
+    def spare_slots(self) -> range:
+        """Slots of the device's pages that no user is ever given."""
+        first = self.config.num_pages * self.config.page_size
+        return range(first, first + self.config.page_size)
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold so many tokens."""
@@ -124,7 +135,7 @@ class KVCacheManager:
             jobs = self._write_back(reservation.victims.users, len(host_hold.pages))
             self.counters.evictions += len(reservation.victims.users)
             self.device.take_pages(reservation)
-            jobs += self._onload(reservation, onloaded)
+            jobs += self._onload(reservation, onloaded, jobs)
         except BaseException:
             try:
                 self.backend.synchronize()  # copies that did start must not write into pages that are free again
@@ -148,7 +159,9 @@ class KVCacheManager:
                     from_host=where is not None and where.on_host,
                 )
             )
-        return CacheBatch(requests, self.device_storage, self.config.page_size, reservation, host_hold, jobs)
+        return CacheBatch(
+            requests, self.device_storage, self.config.page_size, self.append.name, reservation, host_hold, jobs
+        )
 
     def complete(self, batch: CacheBatch) -> None:
         """The batch has run: its histories are cached whole."""
@@ -188,6 +201,8 @@ class KVCacheManager:
         return {
             "page_size": self.config.page_size,
             "page_bytes": self.page_bytes,
+            "append_impl": self.append.name,
+            "append_reason": self.append.reason,
             **asdict(counters),
             "token_hit_rate": hits / tokens if tokens else None,
             "device_pages": _page_counts(self.device),
@@ -245,6 +260,7 @@ class KVCacheManager:
                 self.device_storage,
                 self.host_storage,
                 [PageCopy(self.device.get(user).pages, pages[user]) for user in sizes],
+                to_host=True,
             )
             tokens = {user: self.device.get(user).tokens for user in sizes}
             if self.config.verify_host:
@@ -257,15 +273,19 @@ class KVCacheManager:
         self.counters.bytes_offloaded += sum(sizes.values()) * self.page_bytes
         return [job]
 
-    def _onload(self, reservation: Reservation, users: list[int]) -> list[TransferJob]:
-        """Copy the users' pages from host memory to the first of their reserved pages."""
+    def _onload(
+        self, reservation: Reservation, users: list[int], write_backs: Sequence[TransferJob]
+    ) -> list[TransferJob]:
+        """Copy the users' pages from host memory to the first of their reserved pages, some of them victims' before."""
         if not users:
             return []
         copies = []
         for user in users:
             source = self.host.get(user).pages
             copies.append(PageCopy(source, self.device.pages_of(reservation, user)[: len(source)]))
-        job = start_transfer(self.backend, self.host_storage, self.device_storage, copies)
+        job = start_transfer(
+            self.backend, self.host_storage, self.device_storage, copies, to_host=False, after=write_backs
+        )
         self.counters.bytes_onloaded += sum(len(copy.source_pages) for copy in copies) * self.page_bytes
         return [job]
 

@@ -81,8 +81,10 @@ class EmbeddingTable(nn.Module):
 
     def item_rows(self) -> torch.Tensor:
         """Rows that stand for an id, int64: all but the default row."""
-        rows = torch.arange(self.num_rows, device=self.weight.device)
-        return rows[rows != self.row_of_sorted[0]] if self.has_default else rows
+        if not self.has_default:
+            return torch.arange(self.num_rows, device=self.weight.device)
+        rows = torch.arange(self.num_rows - 1, device=self.weight.device)
+        return rows + (rows >= self.row_of_sorted[0])  # how many there are is known: nothing is read from the device
 
 
 def _sorted_keys(keys: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from hstu_cli.backend import upload
 from hstu_cli.config import ModelConfig
 from hstu_cli.kvcache import KVCacheManager
 from hstu_cli.kvcache.batch import CacheBatch
 from hstu_cli.kvcache.fingerprint import HistoryFingerprint
 from hstu_cli.model.embedding import Lookup
+from hstu_cli.model.graphs import GraphRunner
 from hstu_cli.model.identity import WeightsIdentity
-from hstu_cli.model.layer import Attention, JaggedAttention
+from hstu_cli.model.layer import JaggedAttention
 from hstu_cli.model.ranking import RankingModel
 from hstu_cli.model.tokens import TokenBatch, UserRequest, build_token_batch
 
@@ -39,6 +41,7 @@ class InferenceEngine:
     More candidates than that are scored in chunks against the same history: the bound limits
     memory, never results. With a cache, the keys and values of histories are kept between steps;
     the scores are the same up to rounding. `lookup` finds the embeddings; None leaves it to the model.
+    `graphs` runs the block of cached steps that fit into its buckets.
     """
 
     def __init__(
@@ -47,11 +50,13 @@ class InferenceEngine:
         impl: str = "auto",
         cache: KVCacheManager | None = None,
         lookup: Lookup | None = None,
+        graphs: GraphRunner | None = None,
     ) -> None:
         self.model = model
         self.impl = impl
         self.cache = cache
         self.lookup = lookup
+        self.graphs = graphs
         self.weights = WeightsIdentity(model)
 
     @torch.no_grad()
@@ -91,15 +96,18 @@ class InferenceEngine:
             members = [i for i, r in enumerate(requests) if start == 0 or start < len(r.candidates)]
             chunks = [replace(requests[i], candidates=requests[i].candidates[start : start + limit]) for i in members]
             hidden, batch = self._forward(chunks, cache, members, first=start == 0)  # hidden [T, D]
-            scores = self.model.rank(hidden[batch.candidate_rows()]).cpu().numpy()
+            last_rows = batch.last_rows()
+            candidate_rows, rows_with_last = upload(
+                [batch.candidate_rows(), last_rows[last_rows >= 0]], self.model.device
+            )
+            if start == 0:
+                has_last = (last_rows >= 0).numpy()
+                last_hidden = hidden[rows_with_last]
+            scores = self.model.rank(hidden[candidate_rows]).cpu().numpy()  # the one place that waits for the device
             ends = np.cumsum([len(chunk.candidates) for chunk in chunks])
             for i, part in zip(members, np.split(scores, ends[:-1]), strict=True):
                 logits[i].append(part)
-            if start == 0:
-                last_rows = batch.last_rows()
-                has_last = last_rows >= 0
-                last_hidden = hidden[last_rows[has_last]]
-        return StepResult(np.concatenate([part for parts in logits for part in parts]), last_hidden, has_last.numpy())
+        return StepResult(np.concatenate([part for parts in logits for part in parts]), last_hidden, has_last)
 
     def _forward(
         self, requests: Sequence[UserRequest], cache: CacheBatch | None, members: Sequence[int], *, first: bool
@@ -115,16 +123,18 @@ class InferenceEngine:
             num_cached = cache.num_cached_tokens if first else [cache.requests[i].num_tokens for i in members]
         batch = build_token_batch(config, requests, num_cached)
         self.model.check_ids(batch)
-        on_device = batch.to(self.model.device)
-        plan = batch.plan(self.model.device)
-        attention: Attention
+        device = self.model.device
+        on_device = batch.to(device)
         if cache is None:
-            attention = JaggedAttention(config, plan, self.impl)
-        elif first:
+            return self.model(on_device, JaggedAttention(config, batch.plan(device), self.impl), self.lookup), batch
+        plan = batch.plan()  # on the host, like the page tables: it all goes to the device together
+        if first:
             attention = cache.attention(config, plan, self.impl)
         else:
             attention = cache.candidate_attention(config, members, plan, self.impl)
-        return self.model(on_device, attention, self.lookup), batch
+        if self.graphs is not None:
+            return self.graphs.run(self.model.embed(on_device, self.lookup), attention), batch
+        return self.model(on_device, attention.to(device), self.lookup), batch
 
 
 def _fingerprint(config: ModelConfig, identity: bytes, request: UserRequest) -> HistoryFingerprint:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hstu_cli.backend import upload
 from hstu_cli.config import ModelConfig
 from hstu_cli.kernels import BatchPlan, plan_batch
 
@@ -62,14 +63,11 @@ class TokenBatch:
         return self.positions.shape[0]
 
     def to(self, device: torch.device) -> "TokenBatch":
-        """The same batch on another device."""
-        return TokenBatch(
-            ids={table: ids.to(device) for table, ids in self.ids.items()},
-            slots={table: slots.to(device) for table, slots in self.slots.items()},
-            positions=self.positions.to(device),
-            seq_offsets=self.seq_offsets.to(device),
-            num_candidates=self.num_candidates.to(device),
-        )
+        """The same batch, if it is on the host, on another device: one copy, for which nobody waits."""
+        rest = [self.positions, self.seq_offsets, self.num_candidates]
+        parts = iter(upload([*self.ids.values(), *self.slots.values(), *rest], torch.device(device)))
+        ids, slots = ({table: next(parts) for table in of_table} for of_table in (self.ids, self.slots))
+        return TokenBatch(ids, slots, *parts)
 
     def plan(self, device: torch.device | str = "cpu") -> BatchPlan:
         """The batch as attention on `device` takes it; of a batch on the host, for which nothing waits."""

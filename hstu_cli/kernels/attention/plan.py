@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 
-from hstu_cli.kernels.checks import int_list
+from hstu_cli.kernels.checks import int32_on, int_list
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +60,10 @@ def plan_batch(
         if not 0 <= count <= length:
             raise ValueError(f"num_candidates holds {count} for a sequence of {length} tokens")
     counts = torch.tensor(candidates, dtype=torch.int32) if num_candidates is None else num_candidates
+    on_device = int32_on(device, seq_offsets, counts)
     return BatchPlan(
-        seq_offsets=seq_offsets.to(device, torch.int32),
-        num_candidates=counts.to(device, torch.int32),
+        seq_offsets=on_device[0],
+        num_candidates=on_device[1],
         num_tokens=num_tokens,
         max_new_tokens=max(lengths, default=0),
         offsets=offsets,

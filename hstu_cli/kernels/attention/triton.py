@@ -4,6 +4,7 @@ The host uses bounds alone, so that a launch captured in a graph serves every ba
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -100,15 +101,15 @@ class _Call:
             wanted = max(2, 2 * wanted)
         return max(1, min(wanted, num_blocks // SPLIT_BLOCKS, MOST_SPLITS))
 
-    def choices(self, chip: int) -> list[LaunchConfig]:
+    def choices(self, chip: int) -> tuple[LaunchConfig, ...]:
         """The configurations to choose from; where programs are few, also with twice the splits.
 
         The first rows of a causal batch have few keys and the last ones many, so that a single round of programs
         leaves half of the device waiting for the longest.
         """
         configs = configurations(chip, self.q.dtype, self.q.shape[2])
-        few = [config for config in configs if self._num_programs(config) < FEW_ROUNDS * self.num_multiprocessors]
-        return [*configs, *(dataclasses.replace(config, variant=MORE_SPLITS) for config in few)]
+        few = (config for config in configs if self._num_programs(config) < FEW_ROUNDS * self.num_multiprocessors)
+        return (*configs, *map(_with_more_splits, few))
 
     def _num_programs(self, config: LaunchConfig) -> int:
         """Tiles of rows times heads, as if no sequence began within a tile of another."""
@@ -169,10 +170,8 @@ def launch(
     backend = backend_of(q.device)
     call = _Call(q, k, v, plan, pages, page_plan, alpha, scaling_seqlen, backend.num_multiprocessors)
     with backend.as_current():
-        configs = configurations(chip_of(q.device), q.dtype, q.shape[2])
-        return call.run(
-            choose_config(kernel, call.key(), configs, call.run, device=q.device, source=triton_kernel.__file__)
-        )
+        choices, source = call.choices(chip_of(q.device)), triton_kernel.__file__
+        return call.run(choose_config(kernel, call.key(), choices, call.run, device=q.device, source=source))
 
 
 def constants(
@@ -191,44 +190,56 @@ def constants(
     }
 
 
-def configurations(chip: int, dtype: torch.dtype, head_dim: int) -> list[LaunchConfig]:
+@functools.cache
+def _with_more_splits(config: LaunchConfig) -> LaunchConfig:
+    return dataclasses.replace(config, variant=MORE_SPLITS)
+
+
+@functools.cache  # every layer asks
+def configurations(chip: int, dtype: torch.dtype, head_dim: int) -> tuple[LaunchConfig, ...]:
     """The choices for a chip of `CHIPS`, the best guess first; each of them fits, as `make aot` shows."""
     size = max(64, triton.next_power_of_2(head_dim))
     table = FP32_CONFIGS if dtype == torch.float32 else HALF_CONFIGS[chip]
-    return [
-        LaunchConfig.of(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
-        for block_m, block_n, num_warps, num_stages in table[size]
-    ]
+    return tuple(
+        LaunchConfig.of(
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages, max_registers=max_registers
+        )
+        for block_m, block_n, num_warps, num_stages, max_registers in table[size]
+    )
 
 
-# Loads run ahead of the products by stages - 1 blocks from 9.0 on, before that by stages - 2.
-_LARGE = {
-    64: ((128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
-    128: ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2)),
-    256: ((128, 64, 8, 2), (128, 32, 8, 4), (64, 64, 8, 2)),
-}
-_SMALL = {
-    64: ((128, 64, 8, 3), (64, 64, 4, 3)),
-    128: ((128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 3)),
-    256: ((64, 32, 8, 2), (64, 64, 8, 1), (64, 16, 4, 3)),
+# Loads run ahead of the products by stages - 1 blocks from 9.0 on, before that by stages - 2. With 128 registers two
+# programs of 8 warps share a multiprocessor: one multiplies while the other is at SiLU.
+_8_9 = {
+    64: ((128, 64, 8, 3, None), (64, 64, 4, 3, None)),
+    128: ((128, 64, 8, 3, None), (128, 32, 8, 3, None), (64, 64, 4, 3, None)),
+    256: ((64, 32, 8, 2, None), (64, 64, 8, 1, None), (64, 16, 4, 3, None)),
 }
 HALF_CONFIGS = {
     80: {
-        64: ((128, 64, 8, 3), (64, 64, 4, 3)),
-        128: ((128, 64, 8, 3), (64, 64, 4, 3)),
-        256: ((128, 32, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+        64: ((128, 64, 8, 3, None), (64, 64, 4, 3, None)),
+        128: ((128, 64, 8, 3, None), (64, 64, 4, 3, None)),
+        256: ((128, 32, 8, 3, None), (128, 64, 8, 2, None), (64, 64, 8, 2, None)),
     },
-    89: _SMALL,
-    90: _LARGE,
-    100: _LARGE,
-    120: _SMALL,
+    89: _8_9,
+    90: {
+        64: ((128, 64, 8, 3, 128), (128, 128, 8, 3, None), (64, 64, 4, 3, None)),
+        128: ((128, 64, 8, 2, 128), (128, 64, 8, 3, None), (64, 64, 4, 2, None)),
+        256: ((128, 64, 8, 2, None), (128, 32, 8, 4, None), (64, 64, 8, 2, None)),
+    },
+    100: {
+        64: ((128, 128, 8, 3, None), (128, 64, 4, 3, None), (64, 64, 4, 3, None)),
+        128: ((128, 64, 8, 3, None), (128, 128, 8, 2, None), (64, 64, 4, 2, None)),
+        256: ((128, 64, 8, 2, None), (128, 32, 8, 4, None), (64, 64, 8, 2, None)),
+    },
+    120: _8_9,
 }
-"""For bf16 and fp16: BLOCK_M, BLOCK_N, num_warps, num_stages by chip and head_dim, rounded up."""
+"""For bf16 and fp16: BLOCK_M, BLOCK_N, num_warps, num_stages and max_registers by chip and head_dim, rounded up."""
 
 FP32_CONFIGS = {
-    64: ((64, 32, 8, 1),),
-    128: ((64, 32, 8, 1), (32, 32, 8, 1)),
-    256: ((32, 32, 8, 1), (32, 16, 8, 1)),
+    64: ((64, 32, 8, 1, None),),
+    128: ((64, 32, 8, 1, None), (32, 32, 8, 1, None)),
+    256: ((32, 32, 8, 1, None), (32, 16, 8, 1, None)),
 }
 """For fp32, which is multiplied without matrix units: the same for all chips."""
 
@@ -263,9 +274,10 @@ def kernel_specs(chip: int, page_size: int) -> list[AotSpec]:
             num_stages=config.num_stages,
             label=f"{type_name(dtype)} d={head_dim}{' split' * split}{' pages' * (page_size > 0)} {config.label}",
             aligned=STRIDES,
+            max_registers=config.max_registers,
         )
         for dtype in (torch.bfloat16, torch.float32)
-        for head_dim in (256, 128, 64)
+        for head_dim in (128, 256, 64)
         for split in (False, True)
         for config in configurations(chip, dtype, head_dim)
     ]

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 
-from hstu_cli.kernels.checks import int_list
+from hstu_cli.kernels.checks import int32_on, int_list
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +68,11 @@ def plan_pages(
     outside = next((page for table in tables for page in table if not 0 <= page < num_pages), None)
     if outside is not None:
         raise ValueError(f"page_ids holds {outside}, but there are {num_pages} pages")
+    on_device = int32_on(device, page_indptr, page_ids, cached_lengths)
     return PagePlan(
-        page_indptr=page_indptr.to(device, torch.int32),
-        page_ids=page_ids.to(device, torch.int32),
-        cached_lengths=cached_lengths.to(device, torch.int32),
+        page_indptr=on_device[0],
+        page_ids=on_device[1],
+        cached_lengths=on_device[2],
         num_pages=num_pages,
         page_size=page_size,
         max_cached_tokens=max(lengths, default=0),

@@ -37,6 +37,7 @@ class AotSpec:
     kernel: a function decorated with triton.jit. signature: the type of each argument that is no constexpr, such as
     "*bf16", "i32" or "fp32", by name. constexprs: the other arguments. label: the configuration, and what else varies.
     aligned: integer arguments that are multiples of 16, as sizes and strides mostly are; all pointers are taken so.
+    max_registers: as in `LaunchConfig`.
     """
 
     kernel: Any
@@ -46,6 +47,7 @@ class AotSpec:
     num_stages: int
     label: str
     aligned: tuple[str, ...] = field(default=())
+    max_registers: int | None = None
 
     @property
     def name(self) -> str:
@@ -86,7 +88,7 @@ def compile_spec(spec: AotSpec, chip: int) -> Compiled:
         constexprs=dict(spec.constexprs),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": spec.max_registers}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     except (TritonError, RuntimeError) as error:

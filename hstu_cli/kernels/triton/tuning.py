@@ -39,32 +39,45 @@ class LaunchConfig:
     """How to launch a kernel: one of the choices that tuning has.
 
     blocks: the kernel's block sizes by the name of the argument; variant: which way to compute, where a kernel has
-    several.
+    several. max_registers: for each thread, so that several blocks fit a multiprocessor; None: as the compiler likes.
     """
 
     blocks: tuple[tuple[str, int], ...] = ()
     num_warps: int = 4
     num_stages: int = 1
     variant: str = ""
+    max_registers: int | None = None
 
     @classmethod
-    def of(cls, *, num_warps: int, num_stages: int = 1, variant: str = "", **blocks: int) -> "LaunchConfig":
+    def of(
+        cls,
+        *,
+        num_warps: int,
+        num_stages: int = 1,
+        variant: str = "",
+        max_registers: int | None = None,
+        **blocks: int,
+    ) -> "LaunchConfig":
         """With the block sizes as keywords, such as BLOCK_M=64."""
-        return cls(tuple(blocks.items()), num_warps, num_stages, variant)
+        return cls(tuple(blocks.items()), num_warps, num_stages, variant, max_registers)
 
     @property
     def label(self) -> str:
         """As tables show it."""
         sizes = " ".join(f"{name.removeprefix('BLOCK_')}={size}" for name, size in self.blocks)
-        return " ".join(filter(None, (self.variant, sizes, f"warps={self.num_warps} stages={self.num_stages}")))
+        registers = f"registers={self.max_registers}" if self.max_registers is not None else ""
+        return " ".join(
+            filter(None, (self.variant, sizes, f"warps={self.num_warps} stages={self.num_stages}", registers))
+        )
 
     def block(self, name: str) -> int:
         """One block size; KeyError if there is none of that name."""
         return dict(self.blocks)[name]
 
     def options(self) -> dict[str, int]:
-        """Keyword arguments of the launch: the block sizes, num_warps and num_stages."""
-        return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages}
+        """Keyword arguments of the launch: the block sizes, num_warps, num_stages and maxnreg."""
+        limits = {"maxnreg": self.max_registers} if self.max_registers is not None else {}
+        return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages, **limits}
 
 
 _pinned: dict[str, LaunchConfig] = {}  # for all threads: gradients are computed in others than their forward pass

@@ -9,6 +9,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from hstu_cli.backend import upload
 from hstu_cli.model.embedding import EmbeddingTable
 
 # Shapes: n ids of one table, N ids of all tables, D width.
@@ -44,7 +45,7 @@ class TorchRecLookup:
         features = KeyedJaggedTensor(
             keys=list(rows),
             values=values,
-            lengths=torch.tensor(lengths, device=values.device),
+            lengths=upload([torch.tensor(lengths)], values.device)[0],
             stride=1,
             length_per_key=lengths,  # known here; it would be read back from the device
             offset_per_key=list(accumulate(lengths, initial=0)),

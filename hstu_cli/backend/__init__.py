@@ -1,0 +1,27 @@
+"""Devices behind one interface: what there is, why something is not, and what to wait for.
+
+Only this package names `torch.cuda` and `torch.npu`.
+"""
+
+from hstu_cli.backend.base import Backend, Event, Graph, GraphPool, WallTimer, packed, upload
+from hstu_cli.backend.choice import BACKENDS, DTYPES, DeviceChoice, backend_of, open_device, resolve_dtype
+from hstu_cli.backend.streams import CudaBackend, NpuBackend, StreamBackend
+
+__all__ = [
+    "BACKENDS",
+    "DTYPES",
+    "Backend",
+    "CudaBackend",
+    "DeviceChoice",
+    "Event",
+    "Graph",
+    "GraphPool",
+    "NpuBackend",
+    "StreamBackend",
+    "WallTimer",
+    "backend_of",
+    "open_device",
+    "packed",
+    "resolve_dtype",
+    "upload",
+]
