@@ -85,6 +85,8 @@ class Backend:
     default_dtype = "fp32"
     cache_memory_share = 0.25
     """Share of the device's memory that a KV cache takes unless its size is given."""
+    few_shapes = False
+    """Whether operators are prepared for each shape anew, so that padding to few of them pays."""
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device(self.type) if self.type == "cpu" else torch.device(self.type, index)
@@ -182,7 +184,8 @@ def zeros_in_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tenso
     num_bytes = math.prod(shape) * dtype.itemsize
     if not num_bytes:
         return torch.zeros(*shape, dtype=dtype)
-    return torch.frombuffer(in_huge_pages(mmap.mmap(-1, num_bytes)), dtype=dtype).view(*shape)
+    memory = in_huge_pages(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
 def in_huge_pages(memory: Memory) -> Memory:

@@ -22,6 +22,11 @@ def backend_of(device: torch.device) -> Backend:
     return {kind.type: kind for kind in BACKENDS}[device.type](device.index or 0)
 
 
+def prefers_few_shapes(device: torch.device) -> bool:
+    """Whether padding to few shapes pays on a tensor's device; not on a kind that no backend drives."""
+    return any(kind.type == device.type and kind.few_shapes for kind in BACKENDS)
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceChoice:
     """A resolved `--device`: the backend, the preset that was named, and a warning where it is absent."""

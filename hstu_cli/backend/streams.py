@@ -253,6 +253,7 @@ class NpuBackend(StreamBackend):
 
     type = "npu"
     graph_class = "NPUGraph"
+    few_shapes = True
 
     @classmethod
     def module(cls) -> Any:

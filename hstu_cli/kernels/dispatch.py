@@ -49,7 +49,7 @@ def choose_impl_for(requested: str, *tensors: torch.Tensor) -> str:
     Raises what `choose_impl` does, and ValueError for native and triton where a gradient is wanted.
     """
     device_type = tensors[0].device.type
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    needs_gradient = wants_gradient(*tensors)
     autocast = casts(device_type)
     if requested == AUTO and (
         needs_gradient or autocast or (device_type == "cuda" and tensors[0].dtype == torch.float64)
@@ -62,6 +62,11 @@ def choose_impl_for(requested: str, *tensors: torch.Tensor) -> str:
             f"impl={requested!r} computes no gradients; use 'auto' or 'blocked', or run under torch.no_grad()"
         )
     return choose_impl(requested, device_type).name
+
+
+def wants_gradient(*tensors: torch.Tensor) -> bool:
+    """Whether what is computed with these tensors will be differentiated."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def exact_impl(name: str) -> str:

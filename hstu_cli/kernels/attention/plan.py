@@ -1,7 +1,8 @@
 """A jagged batch, validated once and then used by every layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -15,7 +16,9 @@ class BatchPlan:
     seq_offsets: int32 [B + 1], num_candidates: int32 [B], on the device of q; see `hstu_attention`.
     num_tokens: rows of q, k and v. max_new_tokens: no sequence has more rows.
     offsets, candidates: the same as Python integers, or None where a graph is captured: what is on the device may
-      then change between replays within num_tokens and max_new_tokens, and rows behind seq_offsets[B] are padding.
+      then change between replays within num_tokens and max_new_tokens.
+    Rows behind seq_offsets[B] are padding: `plan_batch` knows none, who pads a batch adds them to num_tokens.
+    derived: what an implementation worked out of this batch in one layer and needs in the next.
     """
 
     seq_offsets: torch.Tensor
@@ -24,6 +27,7 @@ class BatchPlan:
     max_new_tokens: int
     offsets: list[int] | None
     candidates: list[int] | None
+    derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_sequences(self) -> int:

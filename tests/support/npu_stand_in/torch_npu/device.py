@@ -1,7 +1,7 @@
 """`torch.npu` of the stand-in: one device whose side streams do their copies as late as the events allow.
 
-Operators on the current stream run at once, copies on a side stream only when somebody waits for them. So who forgets
-to wait reads old bytes, and who overwrites too early has the new ones copied: wrong scores instead of a rare race.
+Work on the default stream runs at once, that on a side stream only when somebody waits for it. So who forgets to wait
+reads old bytes, and who overwrites too early has the new ones copied: wrong scores instead of a rare race.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch_npu.recorder import RECORDER
 
 
 class Stream:
-    """A queue of copies; the default one is always empty, since what is put there happens at once."""
+    """A queue of work; the default one is always empty, since what is put there happens at once."""
 
     def __init__(self, device: object = None, priority: int = 0, *, default: bool = False) -> None:
         self.default = default
@@ -27,15 +27,15 @@ class Stream:
 
     @property
     def submitted(self) -> int:
-        """Copies put here so far."""
+        """Pieces of work put here so far."""
         return self._performed + len(self._queue)
 
-    def submit(self, copy: Callable[[], None]) -> None:
-        """Do a copy when somebody waits for it."""
-        self._queue.append(copy)
+    def submit(self, work: Callable[[], object]) -> None:
+        """Do this when somebody waits for it."""
+        self._queue.append(work)
 
     def perform_up_to(self, number: int) -> None:
-        """Do the copies up to number `number`."""
+        """Do the work up to number `number`."""
         while self._performed < number:
             self._queue.pop(0)()
             self._performed += 1

@@ -82,3 +82,15 @@ def as_cpu(tensor: torch.Tensor) -> torch.Tensor:
 def used_bytes() -> int:
     """Bytes that live tensors of the device take."""
     return sum(content.numel() for content in list(_bytes_of.values()))
+
+
+_clone_of_the_host = torch.UntypedStorage.clone
+
+
+def clone_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """`UntypedStorage.clone`, of which `copy.deepcopy` makes use: torch's own asks for an allocator in C++."""
+    if storage.device.type != "npu":
+        return _clone_of_the_host(storage)
+    copy = new_bytes(storage.nbytes())
+    as_cpu(copy).copy_(_bytes_of[storage.data_ptr()])
+    return copy.untyped_storage()

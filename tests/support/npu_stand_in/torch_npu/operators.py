@@ -1,6 +1,7 @@
 """Operators of the stand-in device: every one computes on the CPU, after checks that a real device makes too."""
 
 import itertools
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def register() -> None:
         "copy_": _copy,
         "_local_scalar_dense": _local_scalar_dense,
         "resize_": _resize,
+        "set_.source_Storage_storage_offset": _set,
         **{name: _view_kernel(getattr(aten, name).default) for name in VIEWS},
     }
     for name in listed_operators():
@@ -76,7 +78,10 @@ def register() -> None:
             _DEVICE.impl(name, own[name])
         elif op is not None and name not in MADE_OF_OTHERS and not _is_composite(op) and not _returns_view(op):
             _DEVICE.impl(name, partial(_run, op))
-    _HOST.impl("zeros", _host_zeros)
+    torch.UntypedStorage.clone = memory.clone_storage
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch says that its own kernel is replaced
+        _HOST.impl("empty.memory_format", _host_empty, allow_override=True)
     _HOST.impl("is_pinned", lambda tensor, device=None: memory.storage_address(tensor) in _pinned)
     _HOST.impl("_pin_memory", _pin_memory)
 
@@ -110,22 +115,35 @@ def _run(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
         RECORDER.sync(op._schema.name)
     if base in MATMULS and any(not t.dtype.is_floating_point for t in tensors):
         raise RuntimeError(f"{op} multiplies {[str(t.dtype) for t in tensors]}: the device multiplies floats alone")
-    if not device.STATE.current.default:
-        raise StreamOrderError(f"{op} on a side stream, where only copies belong")
     _record(str(op).removeprefix("aten."), tensors)
+    stream = device.STATE.current
+    if stream.default:
+        return _compute(op, args, kwargs)
+    _check_order(tensors)
+    # What it will return is known by sizes alone; its content comes when somebody waits for the stream.
+    sizes = op(*_map_tensors(args, _without_data), **_map_tensors(kwargs, _without_data))
+    written = _written(op, args, kwargs)
+    if written:
+        stream.submit(lambda: _compute(op, args, kwargs))
+        return next(iter(written.values()))
+    result = _new(sizes.size(), sizes.stride(), sizes.dtype)
+    stream.submit(lambda: memory.as_cpu(result).copy_(memory.as_cpu(_compute(op, args, kwargs))))
+    return result
 
+
+def _compute(op: OpOverload, args: Any, kwargs: Any) -> Any:
+    """The operator, now."""
     empty: list[tuple[torch.Tensor, torch.Tensor]] = []  # an operator may resize these
 
-    def to_cpu(x: Any) -> Any:
-        if isinstance(x, torch.Tensor) and x.device.type == "npu":
-            if x.numel():
-                return memory.as_cpu(x)
-            empty.append((x, torch.empty_strided(x.size(), x.stride(), dtype=x.dtype)))
-            return empty[-1][1]
-        return torch.device("cpu") if isinstance(x, torch.device) else x
+    def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type != "npu":
+            return tensor
+        if tensor.numel():
+            return memory.as_cpu(tensor)
+        empty.append((tensor, torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)))
+        return empty[-1][1]
 
-    cpu_args, cpu_kwargs = pytree.tree_map(to_cpu, (args, kwargs))
-    result = op(*cpu_args, **cpu_kwargs)
+    result = op(*_map_tensors(args, to_cpu), **_map_tensors(kwargs, to_cpu))
     for tensor, resized in empty:
         if resized.numel():
             _rebind(tensor, resized.size(), resized.stride())
@@ -133,14 +151,24 @@ def _run(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     return _returned(op, args, kwargs, result)
 
 
+def _map_tensors(tree: Any, function: Any) -> Any:
+    """The same arguments with other tensors; a device among them becomes the CPU."""
+
+    def replace(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return function(x)
+        return torch.device("cpu") if isinstance(x, torch.device) else x
+
+    return pytree.tree_map(replace, tree)
+
+
+def _without_data(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
 def _returned(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
     """Results as the schema says: an argument that was written, or a new tensor of the device."""
-    named = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | kwargs
-    written = {
-        frozenset(argument.alias_info.before_set): named.get(argument.name)
-        for argument in op._schema.arguments
-        if argument.alias_info is not None and argument.alias_info.is_write
-    }
+    written = _written(op, args, kwargs)
     for tensor in pytree.tree_leaves(list(written.values())):
         if isinstance(tensor, torch.Tensor):
             _note_write(tensor)
@@ -154,6 +182,24 @@ def _returned(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], res
         else:
             raise NotImplementedError(f"{op} makes a view; the stand-in needs a kernel of its own for it")
     return returned[0] if single and returned else tuple(returned) or None
+
+
+def _written(op: OpOverload, args: Any, kwargs: Any) -> dict[frozenset[str], Any]:
+    """The arguments that an operator writes to, by the name that its schema gives their memory."""
+    named = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | kwargs
+    return {
+        frozenset(argument.alias_info.before_set): named.get(argument.name)
+        for argument in op._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    }
+
+
+def _check_order(tensors: list[torch.Tensor]) -> None:
+    """On a side stream: what the default stream wrote must have been waited for."""
+    stream = device.STATE.current
+    for tensor in tensors:
+        if tensor.device.type == "npu" and _last_write.get(memory.storage_address(tensor), 0) > stream.seen:
+            raise StreamOrderError("work on a side stream comes before what the default stream wrote there")
 
 
 def _check_operands(op: OpOverload, tensors: list[torch.Tensor]) -> None:
@@ -211,12 +257,22 @@ def _contiguous_strides(size: Any) -> list[int]:
 
 
 def _empty(
-    size: Any, *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None, memory_format: Any = None
+    size: Any,
+    *,
+    dtype: Any = None,
+    layout: Any = None,
+    device: Any = None,
+    pin_memory: Any = None,
+    memory_format: Any = None,
 ) -> torch.Tensor:
     RECORDER.operator("empty.memory_format", [])
+    _contiguous_alone(memory_format)
+    return _new(size, _contiguous_strides(size), dtype or torch.get_default_dtype())
+
+
+def _contiguous_alone(memory_format: Any) -> None:
     if memory_format not in (None, torch.contiguous_format, torch.preserve_format):
         raise NotImplementedError(f"empty of {memory_format}")
-    return _new(size, _contiguous_strides(size), dtype or torch.get_default_dtype())
 
 
 def _empty_strided(
@@ -253,8 +309,6 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
             stream.perform_up_to(stream.submitted)
     elif hosts and memory.storage_address(hosts[0]) not in _pinned:
         raise PinnedMemoryError("an asynchronous copy needs pinned host memory")
-    if source.dim() and target.dtype != source.dtype and hosts:
-        pass  # a device converts on its own side; the bytes that move are the smaller ones
 
     def perform() -> None:
         _cpu(target).copy_(_cpu(source))
@@ -262,9 +316,7 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     if stream.default or (hosts and not non_blocking):
         perform()
     else:
-        for tensor in (target, source):
-            if _last_write.get(memory.storage_address(tensor), 0) > stream.seen:
-                raise StreamOrderError("a copy on a side stream comes before what the default stream wrote there")
+        _check_order([target, source])
         stream.submit(perform)
     _note_write(target)
     return target
@@ -280,11 +332,18 @@ def _local_scalar_dense(tensor: torch.Tensor) -> Any:
     return memory.as_cpu(tensor).item()
 
 
-def _host_zeros(
-    size: Any, *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None
+def _host_empty(
+    size: Any,
+    *,
+    dtype: Any = None,
+    layout: Any = None,
+    device: Any = None,
+    pin_memory: Any = None,
+    memory_format: Any = None,
 ) -> torch.Tensor:
-    """Zeros of the host, in memory that counts as pinned where that is asked for."""
-    result = torch.empty(size, dtype=dtype, device="cpu").zero_()
+    """Memory of the host, which counts as pinned where that is asked for: torch has no allocator for it here."""
+    _contiguous_alone(memory_format)
+    result = torch.empty_strided(size, _contiguous_strides(size), dtype=dtype or torch.get_default_dtype())
     if pin_memory:
         _keep_pinned(result)
     return result
