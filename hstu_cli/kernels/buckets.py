@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-LEAST_ROWS = 16
-"""Rows that a matrix unit takes at a time: fewer cost as much."""
+LEAST_ROWS = 64
+"""The smallest bucket: fewer rows cost as much, since launching an operator takes longer than computing it."""
 
 STEPS = 4
 """Buckets from one power of two to the next, so that at most a quarter is padding."""
@@ -13,7 +13,7 @@ STEPS = 4
 def bucket(size: int, least: int = LEAST_ROWS) -> int:
     """The smallest bucket that holds `size`: 0, `least`, then four from one power of two to the next.
 
-    least: a power of two of at least 4. Between 16 and 65,536 there are 49 buckets.
+    least: a power of two of at least 4. Between 64 and 65,536 there are 41 buckets.
     """
     if size <= 0:
         return 0

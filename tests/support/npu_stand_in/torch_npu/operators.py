@@ -68,6 +68,7 @@ def register() -> None:
         "copy_": _copy,
         "_local_scalar_dense": _local_scalar_dense,
         "resize_": _resize,
+        "set_.source_Storage": _set_all,
         "set_.source_Storage_storage_offset": _set,
         **{name: _view_kernel(getattr(aten, name).default) for name in VIEWS},
     }
@@ -241,6 +242,10 @@ def _set(tensor: torch.Tensor, storage: Any, offset: int, size: Any, stride: Any
     # The CPU's kernel looks at nothing but sizes.
     kernel = aten.set_.source_Storage_storage_offset
     return kernel._op_dk(torch._C.DispatchKey.CPU, tensor, storage, offset, size, stride)
+
+
+def _set_all(tensor: torch.Tensor, storage: Any) -> torch.Tensor:
+    return _set(tensor, storage, 0, [storage.nbytes() // tensor.dtype.itemsize], [1])
 
 
 def _to_device(value: torch.Tensor) -> torch.Tensor:
