@@ -58,7 +58,9 @@ def open_device(requested: str, *, require: bool = False) -> DeviceChoice:
         raise UnavailableError(f"--device {requested}: {reason}")
     number = int(index or 0)
     if number >= backend.device_count():
-        raise UnavailableError(f"--device {requested}: there are only {backend.device_count()} {kind} devices.")
+        last = backend.device_count() - 1
+        there = f"there is only {kind}:0" if last == 0 else f"there are only {kind}:0 to {kind}:{last}"
+        raise UnavailableError(f"--device {requested}: {there}; {backend.how_to_list}.")
     return DeviceChoice(requested, backend(number))
 
 

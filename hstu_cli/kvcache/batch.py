@@ -109,6 +109,7 @@ class CacheBatch:
             num_pages=pages.shape[1],
             page_size=self.page_size,
             device=device,
+            history_stored=True,
         )
         return PagedAttention(
             config=config,

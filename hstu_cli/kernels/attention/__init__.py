@@ -69,6 +69,10 @@ def jagged_attention(
             from hstu_cli.kernels.attention.backward import attention
         case "native":
             from hstu_cli.kernels.attention.native import attention
+        case "ascend":
+            from hstu_cli.kernels.attention.ascend import attention
+
+            return attention(q, k, v, plan, alpha=alpha, scaling_seqlen=scaling_seqlen)
         case "triton":
             from hstu_cli.kernels.attention.triton import attention
 

@@ -87,6 +87,10 @@ def paged_attention(
             from hstu_cli.kernels.paged_attention.blocked import attention
         case "native":
             from hstu_cli.kernels.paged_attention.native import attention
+        case "ascend":
+            from hstu_cli.kernels.attention.ascend import paged_attention as attention
+
+            return attention(q, k, v, plan, pages, page_plan, alpha=alpha, scaling_seqlen=scaling_seqlen)
         case "triton":
             from hstu_cli.kernels.paged_attention.triton import attention
 
