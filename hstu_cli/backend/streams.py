@@ -276,7 +276,7 @@ class NpuBackend(StreamBackend):
                 return f"torch_npu does not load ({error}); install what it lacks: pip install {error.name}."
             return (
                 "torch_npu is not installed; install Ascend's CANN toolkit, then: "
-                f"pip install torch_npu=={_release(torch.__version__)} (docs/npu.md)."
+                f"pip install 'torch_npu=={_release(torch.__version__)}.*' (docs/npu.md)."
             )
         except (ImportError, OSError, RuntimeError) as error:
             return (
@@ -307,7 +307,7 @@ def _wrong_torch_npu() -> str | None:
     wanted = _release(torch.__version__)
     if installed == wanted:
         return None
-    return f"torch_npu {installed} is not for torch {wanted}; bring them together: pip install torch_npu=={wanted}."
+    return f"torch_npu {installed} is not for torch {wanted}; bring them together: pip install 'torch_npu=={wanted}.*'."
 
 
 def _release(version: str) -> str:

@@ -13,6 +13,9 @@ if getattr(torch, "npu", None) is not None:
 __version__ = torch.__version__.partition("+")[0]
 
 from torch_npu import device, operators  # noqa: E402 - after the check
+from torch_npu.recorder import RECORDER  # noqa: E402 - after the check
+
+__all__ = ["RECORDER"]
 
 device.register()
 operators.register()
