@@ -42,7 +42,10 @@ RESULTS = {
         "x[1].mul_(0.0); x.mT[2, 2] = 7.0; result = x.flatten().tolist()[4:]",
         [0, 0, 0, 0, 8, 9, 7, 11],
     ),
-    "gradients": ("w = x.clone().requires_grad_(); (w * w).sum().backward(); result = w.grad.tolist()[0]", [0, 2, 4, 6]),
+    "gradients": (
+        "w = x.clone().requires_grad_(); (w * w).sum().backward(); result = w.grad.tolist()[0]",
+        [0, 2, 4, 6],
+    ),
     "a copy that nobody waited for has not happened": (
         "host.fill_(3.0)\n"
         "event = backend.submit_copy(lambda: pages.copy_(host, non_blocking=True), to_host=False)\n"

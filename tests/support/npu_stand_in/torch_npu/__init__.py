@@ -12,8 +12,8 @@ if getattr(torch, "npu", None) is not None:
 
 __version__ = torch.__version__.partition("+")[0]
 
-from torch_npu import device, operators  # noqa: E402 - after the check
-from torch_npu.recorder import RECORDER  # noqa: E402 - after the check
+from torch_npu import device, operators
+from torch_npu.recorder import RECORDER
 
 __all__ = ["RECORDER"]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils import backend_registration
+
 from torch_npu import memory, operators
 from torch_npu.recorder import RECORDER
 

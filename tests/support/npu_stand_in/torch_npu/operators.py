@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
+
 from torch_npu import device, memory
 from torch_npu.recorder import RECORDER
 
