@@ -107,19 +107,6 @@ def test_ascends_operators_are_for_npus(device: str) -> None:
     assert f"runs on an NPU, not on {device}" in failure_of(2, *INFER[:-1], device, "--impl", "ascend")
 
 
-def test_the_process_is_told_to_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[object] = []
-    module = types.SimpleNamespace(
-        set_device=lambda index: calls.append(index), set_compile_mode=lambda jit_compile: calls.append(jit_compile)
-    )
-    monkeypatch.setattr(torch, "npu", module, raising=False)
-    NpuBackend(1).tune_process()
-    assert calls == [1, False]
-    del module.set_compile_mode  # an old torch_npu
-    NpuBackend(0).tune_process()
-    assert calls == [1, False, 0]
-
-
 def test_a_broken_torch_npu_does_not_break_other_devices(tmp_path: Path) -> None:
     """`import torch` loads what announces itself as a backend, and fails where that fails."""
     install(tmp_path / "site", NO_CANN, autoload=True)

@@ -75,6 +75,10 @@ RESULTS = {
         "result = [before, host.sum().item(), host[0, 0].item()]",
         [0.0, 40.0, 5.0],
     ),
+    "a program compiles no operators": (
+        "before = torch.npu.jit_compile; backend.tune_process(); result = [before, torch.npu.jit_compile]",
+        [True, False],
+    ),
     "memory is counted": (
         "before = backend.available_memory_bytes; y = backend.device_tensor((1000,), torch.float32)\n"
         "result = before - backend.available_memory_bytes",

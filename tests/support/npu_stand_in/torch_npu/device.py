@@ -123,6 +123,10 @@ class NpuModule:
     """What `torch.npu` is."""
 
     Event = Event
+    jit_compile = True
+
+    def set_compile_mode(self, *, jit_compile: bool) -> None:
+        self.jit_compile = jit_compile
 
     def Stream(self, device: object = None, priority: int = 0) -> Stream:  # noqa: N802 - the name that torch uses
         stream = Stream(device, priority)
