@@ -79,6 +79,14 @@ RESULTS = {
         "before = torch.npu.jit_compile; backend.tune_process(); result = [before, torch.npu.jit_compile]",
         [True, False],
     ),
+    "a chip without bf16 computes in fp16": (
+        "class Named(NpuBackend):\n"
+        "    device_name = property(lambda self: self.__class__.name)\n"
+        "result = []\n"
+        "for Named.name in ('Ascend910B2', 'Ascend310P3', 'Ascend910A', 'Ascend910ProA', 'Ascend910_9382'):\n"
+        "    result.append(Named().default_dtype)\n",
+        ["bf16", "fp16", "fp16", "fp16", "bf16"],
+    ),
     "memory is counted": (
         "before = backend.available_memory_bytes; y = backend.device_tensor((1000,), torch.float32)\n"
         "result = before - backend.available_memory_bytes",

@@ -251,6 +251,10 @@ class CudaBackend(StreamBackend):
         return torch.cuda.get_device_properties(self.device).multi_processor_count
 
 
+WITHOUT_BF16 = re.compile(r"Ascend(310P|910(Pro|Premium)?A)")
+"""Chips, as their driver names them, for which Ascend documents fp16 and no bf16."""
+
+
 class NpuBackend(StreamBackend):
     """An Ascend NPU, through torch_npu."""
 
@@ -289,6 +293,11 @@ class NpuBackend(StreamBackend):
             reason = _first_line(error)
             return f"torch_npu cannot use its driver ({reason}); check that npu-smi info works for this user."
         return None if found else f"torch_npu finds no NPU; {cls.how_to_list}."
+
+    @property
+    def default_dtype(self) -> str:
+        """See `Backend`: bf16, or fp16 on a chip without it."""
+        return "fp16" if WITHOUT_BF16.match(self.device_name) else "bf16"
 
     def tune_process(self) -> None:
         """See `StreamBackend`: and operators come compiled, as they do by default on the newer chips alone."""
