@@ -16,6 +16,7 @@ from support.cli import failure_of, invoke, record_of
 import hstu_cli.kvcache.batch as cache_batch
 from hstu_cli.backend import Event
 from hstu_cli.bench import block
+from hstu_cli.bench import session as bench_session
 from hstu_cli.bench.ceilings import Ceilings
 from hstu_cli.bench.layer import LayerGrid, LayerGroup, scaled_grid
 from hstu_cli.bench.published import published_layer
@@ -333,3 +334,19 @@ def test_every_case_is_right_on_a_gpu() -> None:
     arguments = ["--device", "cuda", "--history", "512,4096", "--batch-size", "2", "--cache-tier", "host"]
     rows = record_of("bench-layer", *arguments)["rows"]
     assert all(row["output_error"] < 0.05 for row in rows)
+
+
+def test_ceilings_that_were_disturbed_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    low, high = Ceilings(1e6, 1e6, None, 1e15, 1e15, 1, 1), Ceilings(1e15, 1e15, None, 1e6, 1e6, 1, 1)
+    for later, name in ((high, "better"), (low, "same")):
+        measured = iter((low, later))
+        monkeypatch.setattr(bench, "measure_ceilings", lambda *_, measured=measured: next(measured))
+        monkeypatch.setattr(bench_session, "measure_ceilings", lambda *_, measured=measured: next(measured))
+        record = record_of(*SMALL, *GRID)
+        warned = any("ceilings were measured too low" in warning for warning in record["warnings"])
+        assert warned == (name == "same")
+        assert record["ceilings"]["flops_per_s"] == later.flops_per_s
+        assert record["ceilings"]["bytes_per_s"] == 1e15
+        for row in record["rows"]:
+            least_ms = 1e3 * max(row["flops"] / later.flops_per_s, row["bytes"] / 1e15)
+            assert row["roofline_fraction"] == pytest.approx(least_ms / row["latency_ms"]["p50"])

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from support.cli import failure_of, invoke, record_of
 from support.graphs import GraphBackend
 
 from hstu_cli.config import MODEL_PRESETS
 from hstu_cli.data.synthetic import SyntheticOptions, prepare_synthetic
+from hstu_cli.kernels.append_pages import choose_append_impl
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def test_the_record_says_why_there_are_no_graphs(root: Path, options: list[str],
     [
         (3, ["--cuda-graph"], "--cuda-graph: a CPU has no graphs to replay"),
         (2, ["--cuda-graph", "--no-kv-cache"], "drop --no-kv-cache"),
-        (2, ["--append-impl", "fast"], "choose from auto, triton, flashinfer, torch"),
+        (2, ["--append-impl", "fast"], "choose from auto, triton, flashinfer, native, torch"),
         (3, ["--append-impl", "flashinfer"], "FlashInfer runs on NVIDIA GPUs alone"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -66,7 +68,8 @@ def test_tables_show_both(root: Path) -> None:
     shown = " ".join(invoke(*infer(root)).stdout.split())
     assert "CUDA graphs" in shown
     assert "off (auto: a CPU has no graphs to replay)" in shown
-    assert "torch (auto: the one for cpu)" in shown
+    fastest = choose_append_impl("auto", "cpu", torch.float32)
+    assert f"{fastest.name} ({fastest.reason})" in shown
     assert record_of(*infer(root, "--append-impl", "torch"))["kv_cache"]["append_reason"] == "as requested"
 
 
@@ -77,7 +80,8 @@ def test_benchmarks_take_it_too(command: str) -> None:
         "bench-e2e": ["--history-step", "4", "--num-batches", "2", "--candidates", "3", "--num-users", "1"],
     }[command]
     arguments = [command, "--config", "tiny", *shape, "--num-iters", "1", "--device", "cpu"]
-    assert record_of(*arguments)["append"] == {"name": "torch", "reason": "auto: the one for cpu"}
+    fastest = choose_append_impl("auto", "cpu", torch.float32)
+    assert record_of(*arguments)["append"] == {"name": fastest.name, "reason": fastest.reason}
     assert "NVIDIA" in failure_of(3, *arguments, "--append-impl", "flashinfer")
 
 

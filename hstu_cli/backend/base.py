@@ -186,12 +186,15 @@ def zeros_in_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tenso
     num_bytes = math.prod(shape) * dtype.itemsize
     if not num_bytes:
         return torch.zeros(*shape, dtype=dtype)
-    memory = in_huge_pages(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-    return torch.frombuffer(memory, dtype=dtype).view(*shape)
+    return torch.frombuffer(in_huge_pages(mmap.mmap, num_bytes), dtype=dtype).view(*shape)
 
 
-def in_huge_pages(memory: Memory) -> Memory:
-    """The same memory, with the wish to back it by huge pages told to a system that has them."""
+def in_huge_pages(kind: type[Memory], num_bytes: int) -> Memory:
+    """New memory of the process's own, with the wish to back it by huge pages told to a system that has them."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return kind(-1, num_bytes)
+    # Memory to share, which is Python's default, gets small pages on most systems.
+    memory = kind(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

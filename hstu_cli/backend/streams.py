@@ -227,7 +227,7 @@ class CudaBackend(StreamBackend):
         num_bytes = math.prod(shape) * dtype.itemsize
         if not num_bytes:
             return torch.zeros(*shape, dtype=dtype)
-        memory = in_huge_pages(PinnedMemory(-1, num_bytes))
+        memory = in_huge_pages(PinnedMemory, num_bytes)
         tensor = torch.frombuffer(memory, dtype=dtype).view(*shape)
         address, runtime = tensor.data_ptr(), self.module().cudart()
         if int(runtime.cudaHostRegister(address, num_bytes, HOST_REGISTER_PORTABLE)):

@@ -1,6 +1,7 @@
 """What the machine itself can do, measured in the same run as what is compared with it."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -38,6 +39,26 @@ class Ceilings:
     def least_ms(self, flops: float, num_bytes: float, onload_bytes: float = 0.0) -> float:
         """The roofline: no shorter time is possible at these rates, even if all three overlap."""
         return 1e3 * max(flops / self.flops_per_s, num_bytes / self.bytes_per_s, onload_bytes / self.onload_bytes_per_s)
+
+    def or_better(self, other: "Ceilings") -> "Ceilings":
+        """The higher of each rate: a measurement beside other work shows less than the machine can do."""
+        rates = {name: max(filter(None, values), default=None) for name, values in self._pairs(other)}
+        return replace(self, **rates)
+
+    def _pairs(self, other: "Ceilings") -> Iterator[tuple[str, tuple[float | None, float | None]]]:
+        for rate in fields(self):
+            if rate.name.endswith("_per_s"):
+                yield rate.name, (getattr(self, rate.name), getattr(other, rate.name))
+
+    def apply(self, row: dict[str, Any]) -> None:
+        """Set the row's `roofline_fraction` and `speedup_limit_roofline` by what it and the uncached case cost.
+
+        The row: `flops, bytes, onload_bytes`, the same of the uncached case as `base_*`, and its latency, or that of
+        all its steps under `total_latency_ms`.
+        """
+        least_ms = self.least_ms(row["flops"], row["bytes"], row["onload_bytes"])
+        row["roofline_fraction"] = least_ms / row.get("total_latency_ms", row["latency_ms"])["p50"]
+        row["speedup_limit_roofline"] = self.least_ms(row["base_flops"], row["base_bytes"]) / least_ms
 
     def to_dict(self) -> dict[str, Any]:
         """Named as in the JSON record."""

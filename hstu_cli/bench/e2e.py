@@ -270,20 +270,24 @@ def _measured(
         errors = [relative_error(torch.from_numpy(own), torch.from_numpy(expected)) for own, expected in pairs]
         session.check(f"{group}, {run.name}", max(errors), budgets[embedding])
         flops, num_bytes = workload.cost(config, session.dtype.itemsize, cached=variant != BASELINE)
-        least = session.ceilings.least_ms
-        rates = session.rates(samples[run.name], flops, least(flops, num_bytes))
+        total = latency_summary(samples[run.name].sum(axis=-1))
         speedup = paired_ratio(samples[base.name], samples[run.name])
         measured[run.key] = {
-            "total_ms": rates["latency_ms"]["p50"],
-            **rates,
+            "total_ms": total["p50"],
+            "tflops": flops / total["p50"] * 1e-9,
             "latency_ms": latency_summary(samples[run.name]),
-            "total_latency_ms": rates["latency_ms"],
+            "total_latency_ms": total,
             "speedup_vs_baseline": speedup.median,
             "speedup_range": [speedup.low, speedup.high],
             "speedup_limit": base_flops / flops,
-            "speedup_limit_roofline": least(base_flops, base_bytes) / least(flops, num_bytes),
             "max_abs_logit_difference": max(float(np.abs(own - expected).max()) for own, expected in pairs),
+            "flops": flops,
+            "bytes": num_bytes,
+            "onload_bytes": 0,
+            "base_flops": base_flops,
+            "base_bytes": base_bytes,
         }
+        session.ceilings.apply(measured[run.key])
         if run.engine.graphs is not None:
             measured[run.key]["cuda_graph"] = run.engine.graphs.summary()
     return measured

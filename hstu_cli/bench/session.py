@@ -1,6 +1,6 @@
 """What one run of a benchmark shares: the device, its ceilings, how often, and what went wrong."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,11 +11,11 @@ import torch
 from torch.profiler import profile, record_function
 
 from hstu_cli.backend import Backend
-from hstu_cli.bench.ceilings import Ceilings
+from hstu_cli.bench.ceilings import Ceilings, measure_ceilings
 from hstu_cli.config import MODEL_PRESETS, ModelConfig, resolve_model_config
 from hstu_cli.errors import RunError
 from hstu_cli.hardware import HardwarePreset
-from hstu_cli.timing import Case, CpuWatch, latency_summary, measure, noise_warnings
+from hstu_cli.timing import Case, CpuWatch, measure, noise_warnings
 
 MOST_ROUNDING = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 """The most that rounding may do to an uncached output, relative, by dtype; beyond it something is wrong."""
@@ -49,17 +49,12 @@ class BenchSession:
         self._samples |= {f"{group}, {name}": values for name, values in samples.items()}
         return samples
 
-    def rates(self, samples_ms: np.ndarray, flops: float, least_ms: float) -> dict[str, Any]:
-        """`latency_ms, tflops, roofline_fraction` of a case with samples [iterations, steps], summed over its steps.
-
-        least_ms: the least time that the ceilings allow.
-        """
-        latency = latency_summary(samples_ms.sum(axis=-1))
-        return {
-            "latency_ms": latency,
-            "tflops": flops / latency["p50"] * 1e-9,
-            "roofline_fraction": least_ms / latency["p50"],
-        }
+    def remeasure(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Measure the ceilings again, at the end of a run, and apply the better ones to its rows."""
+        self.ceilings = self.ceilings.or_better(measure_ceilings(self.backend, self.dtype))
+        for row in rows:
+            if "base_flops" in row:
+                self.ceilings.apply(row)
 
     def memory_lacking(self, num_bytes: float) -> str | None:
         """Why a case of so many bytes is left out, or None where it fits."""
@@ -82,9 +77,11 @@ class BenchSession:
         if not error <= budget:
             self.failures.append(f"{what}: output error {error:.3g} is beyond the budget {budget:.3g}")
 
-    def warnings(self) -> list[str]:
-        """What readers must know about the noise of all cases so far."""
-        return noise_warnings(self._samples) + self._watch.warnings()
+    def warnings(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What readers must know about the noise of all cases so far, whose rows these are."""
+        beyond = max((row.get("roofline_fraction") or 0.0 for row in rows), default=0.0)
+        ceilings = [f"machine busy: its ceilings were measured too low, a case reached {beyond:.0%} of them"]
+        return noise_warnings(self._samples) + self._watch.warnings() + (ceilings if beyond > 1 else [])
 
     def raise_failures(self) -> None:
         """RunError where the output of a case was wrong."""

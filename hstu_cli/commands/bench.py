@@ -61,7 +61,7 @@ def benchmark(
     plot: Path | None,
     profile: Path | None,
 ) -> Iterator[Run]:
-    """A run that measures the machine's ceilings and fills the record's rows one by one.
+    """A run that measures the machine's ceilings, before and after, and fills the record's rows one by one.
 
     What is finished comes out in any case. Raises InputError where the profile's folder cannot be
     made, RunError where an output was wrong or no case could run.
@@ -81,8 +81,11 @@ def benchmark(
         progress.stage("timing")
         try:
             yield Run(session, record["rows"], progress)
+            progress.stage("measuring the machine again")
+            session.remeasure(record["rows"])
+            record["ceilings"] = session.ceilings.to_dict()
         finally:
-            record["warnings"] = session.warnings()
+            record["warnings"] = session.warnings(record["rows"])
             for warning in record["warnings"]:
                 reporter.warn(warning)
         if plot is not None and any("skipped" not in row for row in record["rows"]):

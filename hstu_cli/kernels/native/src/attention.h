@@ -49,7 +49,7 @@ class Worker {
     }
     const int64_t own_key = s.num_cached + task.row_begin;  // of the first row, the last one that it sees
     for (int64_t begin = task.key_begin, end; begin < task.key_end; begin = end) {
-      end = std::min(begin + tiles_.num_chunk_keys(task.num_heads(), own_key - begin), task.key_end);
+      end = std::min(begin + tiles_.num_chunk_keys(task.num_heads()), task.key_end);
       find_rows(s, task.head_begin, begin, end);
       tiles_.load(key_rows_, end - begin, task.num_heads());
       for (int64_t slot = 0; slot < task.num_heads(); ++slot) {

@@ -36,7 +36,7 @@ class MatrixTiles {
   int64_t sums_per_row() const { return width_; }
 
   // How many keys to take next. More need fewer passes over the sums, but must stay in the second-level cache.
-  int64_t num_chunk_keys(int64_t /*num_heads*/, int64_t /*before_diagonal*/) const { return CHUNK_KEYS; }
+  int64_t num_chunk_keys(int64_t /*num_heads*/) const { return CHUNK_KEYS; }
 
   template <typename row_t>
   void load_queries(int64_t slot, int64_t num_rows, int64_t padded_rows, const row_t& row) {

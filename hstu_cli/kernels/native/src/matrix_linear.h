@@ -73,7 +73,12 @@ class LinearWorker {
     carve(sizes);
     Carver carver(scratch(sizes.used()));
     carve(carver);
+    // Results that no cache will hold go to memory directly: it need not be read first.
+    stream_ = rows * weight.out >= 2 << 20 && weight.out % 32 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
   }
+
+  ~LinearWorker() { _mm_sfence(); }  // what was streamed is in memory before another thread looks
+  LinearWorker(const LinearWorker&) = delete;
 
   template <typename finish_t>
   void run(int64_t row_begin, int64_t block_begin, int64_t block_end, const finish_t& finish) {
@@ -83,6 +88,9 @@ class LinearWorker {
       for (int64_t step = 0; step < steps; step += PackedWeight::DEPTH_STEPS) {
         const int64_t depth = std::min(PackedWeight::DEPTH_STEPS, steps - step);
         const bf16* right = packed_ + block * weight_.block_size() + 2 * step * TILE;
+        // What is multiplied next comes from memory meanwhile, a few lines at a time.
+        const bf16* next = right + 2 * depth * TILE;
+        const int64_t lines = std::max<int64_t>(1, 16 * 32 / count);
         for (int64_t row = 0; row < count; row += 32) {
           const bf16* left = tiles_ + row * steps * STEP + 2 * step * TILE;
           float* sums = sums_ + row * PackedWeight::COLUMNS;
@@ -91,7 +99,10 @@ class LinearWorker {
           } else {
             load_sums(sums, 2 * SUM_TILE);
           }
-          add_products(depth, left, left + depth * TILE, right, right + depth * TILE);
+          add_products(depth, left, left + depth * TILE, right, right + depth * TILE, [&](int64_t) {
+            for (int64_t line = 0; line < lines; ++line) _mm_prefetch(next + line * STEP, _MM_HINT_T0);
+            next += lines * STEP;
+          });
           store_sums(sums, 2 * SUM_TILE);
           if (step + depth == steps) {
             store(row_begin + row, std::min<int64_t>(32, count - row), block * PackedWeight::COLUMNS, sums, finish);
@@ -134,7 +145,12 @@ class LinearWorker {
       const __m512 high =
           finish(_mm512_load_ps(tile + SUM_TILE), row + i, column + 16, static_cast<__mmask16>(exist >> 16));
       const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-      _mm512_mask_storeu_epi16(y_ + (row + i) * weight_.out + column, exist, both);
+      bf16* y = y_ + (row + i) * weight_.out + column;
+      if (stream_) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(y), both);
+      } else {
+        _mm512_mask_storeu_epi16(y, exist, both);
+      }
     }
   }
 
@@ -146,6 +162,7 @@ class LinearWorker {
   int64_t group_rows_, loaded_ = -1;
   bf16* tiles_;
   float* sums_;
+  bool stream_;
   TileSession session_;
 };
 

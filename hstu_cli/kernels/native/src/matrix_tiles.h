@@ -18,6 +18,7 @@
 
 #include "plan.h"
 #include "scratch.h"
+#include "vectors.h"
 
 namespace hstu {
 
@@ -119,29 +120,7 @@ inline __m512i load_channels(const bf16* row, int64_t channel, int64_t num_chann
 }
 
 // A tile transposed, as 16 x 16 pairs of bf16.
-inline void transpose_tile(const bf16* source, bf16* target) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(source + i * STEP);
-  for (int i = 0; i < 16; i += 2) {  // 2 x 2 pairs
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {  // 4 x 4: row r of each lane is now row i + r
-    for (int r = 0; r < 2; ++r) {
-      a[i + 2 * r] = _mm512_unpacklo_epi64(b[i + r], b[i + r + 2]);
-      a[i + 2 * r + 1] = _mm512_unpackhi_epi64(b[i + r], b[i + r + 2]);
-    }
-  }
-  for (int r = 0; r < 4; ++r) {  // lanes
-    const __m512i even_low = _mm512_shuffle_i32x4(a[r], a[r + 4], 0x88), odd_low = _mm512_shuffle_i32x4(a[r], a[r + 4], 0xdd);
-    const __m512i even_high = _mm512_shuffle_i32x4(a[r + 8], a[r + 12], 0x88);
-    const __m512i odd_high = _mm512_shuffle_i32x4(a[r + 8], a[r + 12], 0xdd);
-    _mm512_store_si512(target + r * STEP, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
-    _mm512_store_si512(target + (r + 4) * STEP, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
-    _mm512_store_si512(target + (r + 8) * STEP, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
-    _mm512_store_si512(target + (r + 12) * STEP, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
-  }
-}
+inline void transpose_tile(const bf16* source, bf16* target) { transpose_16x16(source, 16, target, 16); }
 
 // Rows [count <= 16] as a right operand of steps of 32 channels: [steps][16 pairs of channels][16 rows].
 template <typename row_t>

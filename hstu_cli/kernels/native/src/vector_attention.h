@@ -5,11 +5,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
-#include <type_traits>
 
 #include "plan.h"
 #include "scratch.h"
+#include "vectors.h"
 
 namespace hstu {
 
@@ -62,59 +61,35 @@ void multiply(
   }
 }
 
-// c [m, columns begin to end] = a [m, k] b [k, columns], or added to it; b in panels of `panel_rows` rows.
+// c [m, n] = a [m, k] b [k, n], or added to it; b in panels of `panel_rows` rows.
 template <typename real_t>
 void multiply_panels(
-    int64_t m, int64_t begin, int64_t end, int64_t k, const real_t* a, int64_t lda, const real_t* b, int64_t panel_rows,
-    real_t* c, int64_t ldc, bool add) {
-  for (int64_t column = begin; column < end;) {
-    const int64_t next = std::min((column / PANEL + 1) * PANEL, end);
-    const real_t* panel = b + column / PANEL * PANEL * panel_rows + column % PANEL;
+    int64_t m, int64_t n, int64_t k, const real_t* a, int64_t lda, const real_t* b, int64_t panel_rows, real_t* c,
+    int64_t ldc, bool add) {
+  for (int64_t column = 0; column < n; column += PANEL) {
+    const real_t* panel = b + column * panel_rows;
     for (int64_t i = 0; i < m; i += PANEL) {
-      multiply(std::min(PANEL, m - i), next - column, k, a + i * lda, lda, panel, PANEL, c + i * ldc + column, ldc, add);
+      multiply(std::min(PANEL, m - i), PANEL, k, a + i * lda, lda, panel, PANEL, c + i * ldc + column, ldc, add);
     }
-    column = next;
   }
 }
 
-template <typename real_t>
-void transpose(const real_t* source, int64_t ld_source, real_t* target, int64_t ld_target, int64_t m, int64_t n) {
-  for (int64_t i = 0; i < m; i += 16) {
-    for (int64_t j = 0; j < n; j += 16) {
-      at::vec::transpose_mxn<real_t>(
-          source + i * ld_source + j, ld_source, target + j * ld_target + i, ld_target, std::min<int64_t>(16, m - i),
-          std::min<int64_t>(16, n - j));
-    }
-  }
+// The elements of a row from `channel` on; null of none.
+template <typename scalar_t>
+const scalar_t* part_of(const scalar_t* row, int64_t channel) {
+  return row == nullptr ? row : row + channel;
 }
 
 // A row of `channels` elements as a tile row of `width`, the rest zero; a null row is all zero.
 template <typename scalar_t, typename real_t>
 void load_row(const scalar_t* source, int64_t channels, real_t* tile, int64_t width) {
-  if (source == nullptr) channels = 0;
-  if constexpr (std::is_same_v<scalar_t, real_t>) {
-    if (channels) std::memcpy(tile, source, channels * sizeof(real_t));
-  } else {
-    for (int64_t c = 0; c < channels; ++c) {
-      tile[c] = static_cast<real_t>(source[c]);
-    }
-  }
-  std::fill(tile + channels, tile + width, real_t(0));
-}
-
-// x * sigmoid(alpha * x) of a row, in place.
-template <typename real_t>
-void silu_row(real_t* scores, int64_t rows, real_t alpha) {
-  using Vec = at::vec::Vectorized<real_t>;
-  const Vec minus_alpha(-alpha), one(real_t(1));
-  for (int64_t i = 0; i < rows; i += Vec::size()) {
-    const int64_t count = std::min<int64_t>(Vec::size(), rows - i);
-    const Vec x = Vec::loadu(scores + i, count);
-    (x / (one + (x * minus_alpha).exp())).store(scores + i, count);
+  for (int64_t c = 0; c < width; c += PANEL) {
+    load_part<PANEL>(part_of(source, c), source == nullptr ? 0 : channels - c, tile + c);
   }
 }
 
-// Scores of a strip of keys are computed transposed (keys by rows), then SiLU, the mask, and the sum of values.
+// Block by block of rows, scores are computed transposed (keys by rows) and become weights in the first-level cache,
+// which then meet the values.
 template <typename scalar_t, typename real_t>
 class VectorTiles {
  public:
@@ -127,69 +102,57 @@ class VectorTiles {
       : head_dim_(head_dim), width_(round_up(head_dim, PANEL)), alpha_(static_cast<real_t>(alpha)) {}
 
   void carve(Carver& carver, int64_t /*num_heads*/) {
-    carver.take(queries_, QUERY_ROWS * width_);
+    carver.take(queries_, BLOCK_ROWS * width_);
     carver.take(queries_transposed_, QUERY_ROWS * width_);
-    carver.take(keys_, SCORE_KEYS * ld_keys());
+    carver.take(keys_, CHUNK_KEYS * ld_keys());
     carver.take(values_, CHUNK_KEYS * width_);
-    carver.take(scores_, SCORE_KEYS * LD_SCORES);
-    carver.take(weights_, QUERY_ROWS * LD_WEIGHTS);
+    carver.take(scores_, STRIP_KEYS * LD_SCORES);
+    carver.take(weights_, BLOCK_ROWS * LD_WEIGHTS);
   }
 
   // Rows get a vector more than they hold: at powers of two they would meet in the same cache sets.
   int64_t sums_per_row() const { return width_ + 16; }
 
-  // How many keys to load next: none beyond the diagonal with those before it, and few on it, so that less is computed
-  // in vain.
-  int64_t num_chunk_keys(int64_t /*num_heads*/, int64_t before_diagonal) const {
-    return before_diagonal > 0 ? std::min(CHUNK_KEYS, before_diagonal) : SCORE_KEYS;
-  }
+  int64_t num_chunk_keys(int64_t /*num_heads*/) const { return CHUNK_KEYS; }
 
   template <typename row_t>
   void load_queries(int64_t /*slot*/, int64_t num_rows, int64_t padded_rows, const row_t& row) {
-    for (int64_t i = 0; i < padded_rows; ++i) {
-      load_row(i < num_rows ? row(i) : nullptr, head_dim_, queries_ + i * width_, width_);
-    }
     for (int64_t i = 0; i < padded_rows; i += PANEL) {
-      const int64_t count = std::min(PANEL, padded_rows - i);
-      transpose(queries_ + i * width_, width_, queries_transposed_ + i * width_, PANEL, count, width_);
+      for (int64_t j = 0; j < PANEL; ++j) {
+        const scalar_t* query = i + j < num_rows ? row(i + j) : nullptr;
+        load_row(query, head_dim_, queries_ + j * width_, width_);
+      }
+      transpose(queries_, width_, queries_transposed_ + i * width_, PANEL, PANEL, width_);
     }
   }
 
-  // Loads the values; keys follow strip by strip.
   void load(const KeyRow<scalar_t>* rows, int64_t count, int64_t /*num_heads*/) {
-    rows_ = rows;
-    count_ = count;
-    for (int64_t j = 0; j < round_up(count, PANEL); ++j) {
+    padded_keys_ = round_up(count, PANEL);
+    for (int64_t j = 0; j < padded_keys_; ++j) {
+      load_row(j < count ? rows[j].key : nullptr, head_dim_, keys_ + j * ld_keys(), width_);
+    }
+    for (int64_t j = 0; j < padded_keys_; ++j) {
       const scalar_t* value = j < count ? rows[j].value : nullptr;
       for (int64_t c = 0; c < width_; c += PANEL) {
-        const int64_t channels = std::clamp<int64_t>(head_dim_ - c, 0, PANEL);
-        load_row(value ? value + c : nullptr, channels, values_ + c * CHUNK_KEYS + j * PANEL, PANEL);
+        load_part<PANEL>(part_of(value, c), value ? head_dim_ - c : 0, values_ + c * CHUNK_KEYS + j * PANEL);
       }
     }
   }
 
   // sums [rows, width] += SiLU(q k') v over the loaded keys; row i sees those with diagonal + key <= i.
   void attend(int64_t /*slot*/, int64_t padded_rows, int64_t diagonal, real_t* sums) {
-    const int64_t padded = round_up(count_, PANEL);
-    const int64_t from = std::min(std::max<int64_t>(0, diagonal) / 16 * 16, padded_rows);  // rows before see none of them
-    const int64_t rows = padded_rows - from;
-    for (int64_t j = 0; j < padded; j += SCORE_KEYS) {
-      const int64_t keys = std::min(SCORE_KEYS, padded - j);
-      for (int64_t i = 0; i < keys; ++i) {
-        load_row(j + i < count_ ? rows_[j + i].key : nullptr, head_dim_, keys_ + i * ld_keys(), width_);
+    for (int64_t row = 0; row < padded_rows; row += BLOCK_ROWS) {
+      const int64_t rows = std::min(BLOCK_ROWS, padded_rows - row);
+      const int64_t seen = row + rows - diagonal;  // by the last row
+      if (seen <= 0) continue;
+      const int64_t keys = std::min(round_up(seen, 16), padded_keys_);
+      for (int64_t j = 0; j < keys; j += STRIP_KEYS) {
+        weigh(row, rows, j, std::min(STRIP_KEYS, keys - j), diagonal);
       }
       multiply_panels(
-          keys, from, padded_rows, width_, keys_, ld_keys(), queries_transposed_, width_, scores_, LD_SCORES, false);
-      for (int64_t i = 0; i < keys; ++i) {
-        real_t* row = scores_ + i * LD_SCORES + from;
-        silu_row(row, rows, alpha_);
-        std::fill(row, row + std::clamp<int64_t>(diagonal + j + i - from, 0, rows), real_t(0));
-      }
-      transpose(scores_ + from, LD_SCORES, weights_ + from * LD_WEIGHTS + j, LD_WEIGHTS, keys, rows);
+          rows, width_, keys, weights_, LD_WEIGHTS, values_, CHUNK_KEYS, sums + row * sums_per_row(), sums_per_row(),
+          true);
     }
-    multiply_panels(
-        rows, 0, width_, padded, weights_ + from * LD_WEIGHTS, LD_WEIGHTS, values_, CHUNK_KEYS,
-        sums + from * sums_per_row(), sums_per_row(), true);
   }
 
   // Row i of sums: [width].
@@ -198,16 +161,27 @@ class VectorTiles {
   }
 
  private:
-  static constexpr int64_t CHUNK_KEYS = 256, SCORE_KEYS = 128;
-  static constexpr int64_t LD_WEIGHTS = CHUNK_KEYS + 32, LD_SCORES = QUERY_ROWS + 16;
+  static constexpr int64_t CHUNK_KEYS = 256, STRIP_KEYS = 128, BLOCK_ROWS = 32;
+  static constexpr int64_t LD_WEIGHTS = CHUNK_KEYS + 32, LD_SCORES = BLOCK_ROWS + 16;
+
+  // The weights of a block of rows and a strip of keys. Zeros stand behind the last key: so are its weights.
+  void weigh(int64_t row, int64_t rows, int64_t first_key, int64_t keys, int64_t diagonal) {
+    multiply_panels(
+        keys, rows, width_, keys_ + first_key * ld_keys(), ld_keys(), queries_transposed_ + row * width_, width_,
+        scores_, LD_SCORES, false);
+    for (int64_t i = 0; i < keys; ++i) {
+      real_t* scores = scores_ + i * LD_SCORES;
+      silu_row(scores, rows, alpha_);
+      std::fill(scores, scores + std::clamp<int64_t>(diagonal + first_key + i - row, 0, rows), real_t(0));
+    }
+    transpose(scores_, LD_SCORES, weights_ + first_key, LD_WEIGHTS, keys, rows);
+  }
 
   int64_t ld_keys() const { return width_ + 32; }
 
-  int64_t head_dim_, width_;
+  int64_t head_dim_, width_, padded_keys_ = 0;
   real_t alpha_;
-  const KeyRow<scalar_t>* rows_ = nullptr;
-  int64_t count_ = 0;
-  // [rows, width]; [width, rows] in panels; [strip, width]; [chunk, width] in panels; [strip, rows]; [rows, chunk]
+  // [panel, width]; [width, rows] in panels; [chunk, width]; [chunk, width] in panels; [strip, block]; [block, chunk]
   real_t *queries_, *queries_transposed_, *keys_, *values_, *scores_, *weights_;
 };
 
