@@ -62,6 +62,13 @@ RESULTS = {
         "result = host.unique().tolist()",
         [2.0],
     ),
+    "an asynchronous copy to the host is there once the host has waited": (
+        "pages.fill_(4.0); host.copy_(pages, non_blocking=True); pages.fill_(5.0)\n"
+        "before = host.sum().item()\n"
+        "backend.synchronize()\n"
+        "result = [before, host.sum().item()]",
+        [0.0, 128.0],
+    ),
     "an upload waits for nothing": ("result = upload([torch.arange(2)], x.device)[0].tolist()", [0, 1]),
     "work on a side stream is done when it is waited for": (
         "ids = torch.tensor([2, 0], dtype=torch.int64)\n"

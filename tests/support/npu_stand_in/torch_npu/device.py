@@ -18,18 +18,18 @@ from torch_npu.recorder import RECORDER
 
 
 class Stream:
-    """A queue of work; the default one is always empty, since what is put there happens at once."""
+    """A queue of work; in the default one are copies to the host alone, since all else happens there at once."""
 
     def __init__(self, device: object = None, priority: int = 0, *, default: bool = False) -> None:
         self.default = default
         self.seen = 0  # operators of the default stream that this one comes behind
         self._queue: list[Callable[[], None]] = []
-        self._performed = 0
+        self.performed = 0
 
     @property
     def submitted(self) -> int:
         """Pieces of work put here so far."""
-        return self._performed + len(self._queue)
+        return self.performed + len(self._queue)
 
     def submit(self, work: Callable[[], object]) -> None:
         """Do this when somebody waits for it."""
@@ -37,13 +37,17 @@ class Stream:
 
     def perform_up_to(self, number: int) -> None:
         """Do the work up to number `number`."""
-        while self._performed < number:
+        while self.performed < number:
             self._queue.pop(0)()
-            self._performed += 1
+            self.performed += 1
+
+    def finish(self) -> None:
+        """Do all that is queued."""
+        self.perform_up_to(self.submitted)
 
     def wait_stream(self, other: "Stream") -> None:
         """Come behind what is queued in the other stream."""
-        other.perform_up_to(other.submitted)
+        other.finish()
         if other.default:
             self.seen = operators.num_done()
 
@@ -60,7 +64,7 @@ class Stream:
     def synchronize(self) -> None:
         """Block the host until all is done."""
         RECORDER.sync("stream.synchronize")
-        self.perform_up_to(self.submitted)
+        self.finish()
 
 
 class Event:
@@ -93,7 +97,7 @@ class Event:
 
     def query(self) -> bool:
         """Whether it has passed."""
-        return self._stream is None or self._stream.submitted - len(self._stream._queue) >= self._number
+        return self._stream is None or self._stream.performed >= self._number
 
     def elapsed_time(self, end: "Event") -> float:
         """Milliseconds between two events that time."""
@@ -165,8 +169,8 @@ class NpuModule:
 
     def synchronize(self, index: Any = None) -> None:
         RECORDER.sync("synchronize")
-        for stream in STATE.streams:
-            stream.perform_up_to(stream.submitted)
+        for stream in (STATE.default, *STATE.streams):
+            stream.finish()
 
     def current_stream(self, device: Any = None) -> Stream:
         return STATE.current

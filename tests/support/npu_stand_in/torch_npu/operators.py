@@ -311,15 +311,17 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     stream = device.STATE.current
     if hosts and not non_blocking:
         RECORDER.sync("copy to the host" if target is hosts[0] else "copy from the host")
-        if not stream.default:
-            stream.perform_up_to(stream.submitted)
+        stream.finish()
     elif hosts and memory.storage_address(hosts[0]) not in _pinned:
         raise PinnedMemoryError("an asynchronous copy needs pinned host memory")
 
     def perform() -> None:
         _cpu(target).copy_(_cpu(source))
 
-    if stream.default or (hosts and not non_blocking):
+    if stream.default and non_blocking and target.device.type == "cpu":
+        content = memory.as_cpu(source).clone()  # what it is now; the host sees it when it has waited
+        stream.submit(lambda: target.copy_(content))
+    elif stream.default or (hosts and not non_blocking):
         perform()
     else:
         _check_order([target, source])
@@ -335,6 +337,7 @@ def _cpu(tensor: torch.Tensor) -> torch.Tensor:
 def _local_scalar_dense(tensor: torch.Tensor) -> Any:
     _record("_local_scalar_dense", [tensor])
     RECORDER.sync("item")
+    device.STATE.current.finish()
     return memory.as_cpu(tensor).item()
 
 
