@@ -168,4 +168,5 @@ def test_layers_share_what_was_planned() -> None:
         groups = plan.derived["bucketed"][-1]
         model(batch, JaggedAttention(TINY, plan, "blocked"))
     assert plan.derived["bucketed"][-1] is groups
+    assert plan.once("bucketed", list, object()) == []  # of other pages: made anew
     assert sum(len(group.num_new) for group in groups) >= 3

@@ -1,11 +1,13 @@
 """`impl="ascend"`: RecSDK's operators called as documented, with stand-ins for them that compute by loops."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.npu import record, run_on_stand_in, why_no_stand_in
 
 from hstu_cli.bench.verify import FP32_BUDGET
+from hstu_cli.kernels.attention import ascend
 
 pytestmark = pytest.mark.skipif(why_no_stand_in() is not None, reason=str(why_no_stand_in()))
 
@@ -72,6 +74,13 @@ library.define("hstu_paged(Tensor q, Tensor k, Tensor v, int maskType=0) -> Tens
 from hstu_cli.kernels.attention.ascend import why_unavailable
 result = why_unavailable()
 """
+
+
+def test_a_library_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert ascend.why_unavailable().startswith("torch.ops.mxrec has no hstu_jagged and hstu_paged; build RecSDK's")
+    (tmp_path / ascend.LIBRARY).write_bytes(b"no library")
+    assert ascend.why_unavailable().startswith(f"{tmp_path / ascend.LIBRARY} does not load (")
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@
 documents them. They compute `SiLU(q k') * silu_scale * mask` times v; alpha goes into q.
 """
 
+import functools
 import sysconfig
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,6 +37,8 @@ MOST_TOKENS, MOST_CANDIDATES, MOST_HEADS, MOST_HEAD_DIM = 20_480, 512, 16, 512
 
 def why_unavailable() -> str | None:
     """Why the operators cannot be used in this process, as a clause that says how to get them; None where they can."""
+    if _registered() and all(_is_as_documented(name) for name in ARGUMENTS):
+        return None
     where = Path(sysconfig.get_path("purelib"), LIBRARY)
     how = f"build RecSDK's cust_op for this CANN and torch_npu, which installs {where}"
     if not _registered() and where.exists():
@@ -46,16 +48,20 @@ def why_unavailable() -> str | None:
             return f"{where} does not load ({error}); {how}"
     if not _registered():
         return f"torch.ops.mxrec has no {' and '.join(ARGUMENTS)}; {how}"
-    for name, needed in ARGUMENTS.items():
-        operator = getattr(torch.ops.mxrec, name)
-        known = [{a.name for a in getattr(operator, o)._schema.arguments} for o in operator.overloads()]
-        if not any(needed <= names for names in known):
-            return f"this torch.ops.mxrec.{name} has other arguments than are documented; {how}"
-    return None
+    other = [name for name in ARGUMENTS if not _is_as_documented(name)]
+    return f"this torch.ops.mxrec.{other[0]} has other arguments than are documented; {how}" if other else None
 
 
 def _registered() -> bool:
     return all(hasattr(torch.ops.mxrec, name) for name in ARGUMENTS)
+
+
+@functools.cache
+def _is_as_documented(name: str) -> bool:
+    """Whether an operator takes what is passed to it."""
+    operator = getattr(torch.ops.mxrec, name)
+    known = [{a.name for a in getattr(operator, overload)._schema.arguments} for overload in operator.overloads()]
+    return any(ARGUMENTS[name] <= names for names in known)
 
 
 def attention(
@@ -65,8 +71,9 @@ def attention(
     _check(q, plan, plan.max_new_tokens)
     if not plan.max_new_tokens:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lists = _derived(plan, "ascend", lambda: _upload_lists(plan, [*plan.on_host(), [0] * plan.num_sequences]))
-    offsets, candidates, no_context = lists
+    offsets, candidates, no_context = plan.once(
+        "ascend", lambda: _upload_lists(plan, [*plan.on_host(), [0] * plan.num_sequences])
+    )
     num_rows = plan.on_host()[0][-1]
     return _with_padding(
         torch.ops.mxrec.hstu_jagged(
@@ -104,7 +111,7 @@ def paged_attention(
     """
     if not page_plan.history_stored:
         raise ValueError("impl='ascend' reads new history from the pages, and these were planned without it")
-    tables = _derived(plan, "ascend paged", lambda: _paged_tables(plan, page_plan, q))
+    tables = plan.once("ascend paged", lambda: _paged_tables(plan, page_plan, q), page_plan)
     if tables is None:  # nobody has history
         return attention(q, k, v, plan, alpha=alpha, scaling_seqlen=scaling_seqlen)
     _check(q, plan, tables.max_keys)
@@ -176,13 +183,6 @@ def _paged_tables(plan: BatchPlan, page_plan: PagePlan, q: torch.Tensor) -> _Pag
     allowed = torch.where(i < n, j <= i, (j < n) | (j == i))  # [B, most new, most keys]
     mask = allowed.to(q.dtype)[:, None].expand(-1, q.shape[1], -1, -1).contiguous()
     return _PagedTables(*uploaded, on_candidates, on_last, mask, max(keys))
-
-
-def _derived(plan: BatchPlan, key: str, make: Any) -> Any:
-    """What is made once for all layers of a batch."""
-    if key not in plan.derived:
-        plan.derived[key] = make()
-    return plan.derived[key]
 
 
 def _upload_lists(plan: BatchPlan, lists: list[list[int]]) -> list[torch.Tensor]:

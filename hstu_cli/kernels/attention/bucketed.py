@@ -5,7 +5,7 @@ The strips are those of `blocked.py`. But sequences run in groups of one padded 
 scattered by index, and all of it is planned once for all layers. Padding is masked or written to a row that is cut off.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -94,7 +94,7 @@ def attention(
     num_rows, num_heads, head_dim = q.shape
     value_scale, output_scale = split_scale(scaling_seqlen, q.dtype)
     out = q.new_zeros(num_rows + 1, num_heads, head_dim)
-    for group in _planned_groups(plan, page_plan):
+    for group in plan.once("bucketed", lambda: list(_groups(plan, page_plan)), page_plan):
         queries = _gathered(q, group).mul_(alpha)  # [H, G, R, d]
         keys, values = _keys_and_values(k, v, group, pages)  # [H, G, N, d] each
         if value_scale != 1.0:
@@ -128,15 +128,6 @@ def _gathered(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Rows of x [T, H, d] that a group has, [H, G, R, d] contiguous; anything where they are padding."""
     rows = x.index_select(0, group.rows).view(-1, group.num_new_padded, *x.shape[1:])
     return rows.permute(2, 0, 1, 3).contiguous()
-
-
-def _planned_groups(plan: BatchPlan, page_plan: PagePlan | None) -> Sequence[Group]:
-    """The groups of a batch, planned in its first layer."""
-    key = "bucketed"
-    planned = plan.derived.get(key)
-    if planned is None or planned[:2] != (plan.num_tokens, id(page_plan)):
-        planned = plan.derived[key] = (plan.num_tokens, id(page_plan), page_plan, list(_groups(plan, page_plan)))
-    return planned[-1]
 
 
 def _groups(plan: BatchPlan, page_plan: PagePlan | None) -> Iterator[Group]:
