@@ -20,6 +20,7 @@ MISTAKES = {
     "a tensor of the host among the operands": ("x + torch.ones(4)", "MixedDevicesError"),
     "an index of the host": ("x[torch.tensor([0, 1])]", "MixedDevicesError"),
     "a mask of the host": ("x.masked_fill(torch.zeros(3, 4, dtype=torch.bool), 0.0)", "MixedDevicesError"),
+    "a package that an NPU must not need": ("import triton", "ImportError"),
     "a hidden .cuda()": ("torch.ones(2).cuda()", "AssertionError"),
     "float64 on the device": ("x.double()", "RuntimeError"),
     "a product of integers": ("x.long() @ x.long().mT", "RuntimeError"),
