@@ -7,10 +7,9 @@
 
 namespace hstu {
 
-// Keys and values are fetched for all heads of a task at once, row by row as they lie in memory, and brought into tiles
-// piece by piece: 32 keys, or 32 channels of the values, which then stay in the first-level cache for all query rows.
-// Scores are computed transposed (keys by rows), so that keys need no more than copying and values interleaving. A
-// block's SiLU runs beside the next block's products: vectors and matrices are different units.
+// Keys and values are loaded for all heads of a task at once, row by row as they lie in memory. Scores are computed
+// transposed (keys by rows), so that keys and values need no more than copying and interleaving; a block's SiLU runs
+// beside the next block's products, because vectors and matrices are different units.
 class MatrixTiles {
  public:
   using scalar_type = bf16;
@@ -24,19 +23,22 @@ class MatrixTiles {
         steps_(width_ / STEP),
         minus_alpha_log2e_(_mm512_set1_ps(static_cast<float>(-alpha * 1.4426950408889634))) {}
 
-  void carve(Carver& carver, int64_t /*num_heads*/) {
+  void carve(Carver& carver, int64_t num_heads) {
+    const int64_t loaded = std::max(num_heads * MANY_HEADS_KEYS, ONE_HEAD_KEYS) * width_;
     carver.take(queries_, QUERY_ROWS * width_);
-    carver.take(keys_, STEP * width_);
-    carver.take(values_, STEP * CHUNK_KEYS);
-    carver.take(weights_, QUERY_ROWS * CHUNK_KEYS);
+    carver.take(keys_, loaded);
+    carver.take(values_, loaded);
+    carver.take(weights_, 2 * ONE_HEAD_KEYS / STEP * TILE);
     carver.take(scores_, 2 * 4 * SUM_TILE);
     carver.take(pairs_, 2 * SUM_TILE);
   }
 
   int64_t sums_per_row() const { return width_; }
 
-  // How many keys to take next. More need fewer passes over the sums, but must stay in the second-level cache.
-  int64_t num_chunk_keys(int64_t /*num_heads*/) const { return CHUNK_KEYS; }
+  // How many keys to load next. More need fewer passes over the sums, but must stay in the second-level cache.
+  int64_t num_chunk_keys(int64_t num_heads) const {
+    return num_heads == 1 ? ONE_HEAD_KEYS : MANY_HEADS_KEYS;
+  }
 
   template <typename row_t>
   void load_queries(int64_t slot, int64_t num_rows, int64_t padded_rows, const row_t& row) {
@@ -48,47 +50,39 @@ class MatrixTiles {
     }
   }
 
+  // Zeros stand behind the last key: their scores are zero, and so are their weights.
   void load(const KeyRow<bf16>* rows, int64_t count, int64_t num_heads) {
-    rows_ = rows;
-    count_ = count;
     key_steps_ = (count + STEP - 1) / STEP;
-    if (num_heads == 1) return;
-    for (int64_t j = 0; j < count; ++j) fetch(rows[j].key, rows[j].key_head_stride, num_heads);
-    for (int64_t j = 0; j < count; ++j) fetch(rows[j].value, rows[j].value_head_stride, num_heads);
+    slot_keys_ = key_steps_ * STEP * width_;
+    const KeyRow<bf16> none{nullptr, nullptr, 0, 0};
+    auto row = [&](int64_t j) -> const KeyRow<bf16>& { return j < count ? rows[j] : none; };
+    for (int64_t j = 0; j < key_steps_ * STEP; ++j) {
+      load_key(row(j), num_heads, keys_ + j / 16 * steps_ * TILE + j % 16 * STEP);
+    }
+    for (int64_t j = 0; j < key_steps_ * STEP; j += 2) {
+      load_values(row(j), row(j + 1), num_heads, values_ + j / STEP * TILE + j % STEP / 2 * STEP);
+    }
   }
 
-  // sums [rows, width] += SiLU(q k') v over the keys; row i sees those with diagonal + key <= i.
+  // sums [rows, width] += SiLU(q k') v over the loaded keys; row i sees those with diagonal + key <= i.
   void attend(int64_t slot, int64_t padded_rows, int64_t diagonal, float* sums) {
-    const bf16* queries = queries_ + slot * slot_queries_;
+    const bf16 *queries = queries_ + slot * slot_queries_, *keys = keys_ + slot * slot_keys_;
+    const bf16* values = values_ + slot * slot_keys_;
     Block last;
     int64_t parity = 0;
-    for (int64_t step = 0; step < key_steps_; ++step) {
-      const int64_t first_row = std::max<int64_t>(0, diagonal + step * STEP) / 32 * 32;
-      if (first_row >= padded_rows) break;
-      load_keys(slot, step);
-      for (int64_t row = first_row; row < padded_rows; row += 32) {
-        multiply(queries + row * width_, parity, last);
-        store_weights(last);
-        last = {weights_ + row * CHUNK_KEYS + step * TILE, diagonal + step * STEP - row};
+    for (int64_t row = 0; row < padded_rows; row += 2 * 16) {
+      const int64_t seen = row + 31 - diagonal;  // the last key that the block's last row sees
+      const int64_t key_steps = seen < 0 ? 0 : std::min(seen / STEP + 1, key_steps_);
+      for (int64_t step = 0; step < key_steps; ++step) {
+        multiply(keys + step * 2 * steps_ * TILE, queries + row * width_, parity, last);
+        settle(last, values, sums);
+        last = {row, step, key_steps, diagonal + step * STEP - row};
         parity ^= 1;
       }
     }
-    if (!last.weights) return;
-    for (int64_t pair = 0; pair < 16; ++pair) weigh<true>(parity ^ 1, last.shift, pair);
-    store_weights(last);
-    for (int64_t tile = 0; tile < 2 * steps_; tile += 2) {
-      load_values(slot, tile / 2);
-      for (int64_t row = 0; row < padded_rows; row += 32) {
-        const int64_t seen = row + 31 - diagonal;  // the last key that the last of 32 rows sees
-        if (seen < 0) continue;
-        const bf16* weights = weights_ + row * CHUNK_KEYS;
-        float* block_sums = sums + row * width_ + tile * SUM_TILE;
-        load_sums(block_sums, 16 * width_);
-        add_products(
-            std::min(seen / STEP + 1, key_steps_), weights, weights + 16 * CHUNK_KEYS, values_,
-            values_ + CHUNK_KEYS * 16);
-        store_sums(block_sums, 16 * width_);
-      }
+    if (last.key_steps) {
+      for (int64_t pair = 0; pair < 16; ++pair) weigh<true>(parity ^ 1, last.shift, pair);
+      settle(last, values, sums);
     }
   }
 
@@ -106,77 +100,66 @@ class MatrixTiles {
   }
 
  private:
-  static constexpr int64_t CHUNK_KEYS = 192;
+  static constexpr int64_t ONE_HEAD_KEYS = 256, MANY_HEADS_KEYS = 160;
 
-  // 32 keys and 32 rows: where their weights go, or null. Row i sees key p of the block where shift + p <= i.
-  struct Block {
-    bf16* weights = nullptr;
-    int64_t shift = 0;
-  };
-
-  // Brings a row of all heads into the second-level cache.
-  void fetch(const bf16* row, int64_t head_stride, int64_t num_heads) const {
+  // A key of each head as a row of left operands.
+  void load_key(const KeyRow<bf16>& row, int64_t num_heads, bf16* tile) const {
     for (int64_t head = 0; head < num_heads; ++head) {
-      for (int64_t channel = 0; channel < head_dim_; channel += STEP) {
-        _mm_prefetch(row + head * head_stride + channel, _MM_HINT_T1);
+      const bf16* key = row.key ? row.key + head * row.key_head_stride : nullptr;
+      for (int64_t step = 0; step < steps_; ++step) {
+        _mm512_store_si512(tile + head * slot_keys_ + step * TILE, channels(key, step));
       }
     }
   }
 
-  // The keys of a step as left operands: [2][steps] tiles. Zeros stand behind the last key: their scores are zero, and
-  // so are their weights.
-  void load_keys(int64_t slot, int64_t step) {
-    for (int64_t i = 0; i < STEP; ++i) {
-      const int64_t j = step * STEP + i;
-      const bf16* key = j < count_ ? rows_[j].key + slot * rows_[j].key_head_stride : nullptr;
-      bf16* tile = keys_ + i / 16 * steps_ * TILE + i % 16 * STEP;
-      for (int64_t c = 0; c < steps_; ++c) {
-        _mm512_store_si512(tile + c * TILE, channels(key, c));
+  // The values of two keys as a row of right operands: pairs, those of even channels in one tile and of odd ones in the
+  // next, so that nothing moves between lanes. `read_row` puts the channels in order again.
+  void load_values(const KeyRow<bf16>& first, const KeyRow<bf16>& second, int64_t num_heads, bf16* tile) const {
+    for (int64_t head = 0; head < num_heads; ++head) {
+      const bf16* first_value = first.value ? first.value + head * first.value_head_stride : nullptr;
+      const bf16* second_value = second.value ? second.value + head * second.value_head_stride : nullptr;
+      bf16* target = tile + head * slot_keys_;
+      for (int64_t step = 0; step < steps_; ++step) {
+        const __m512i a = channels(first_value, step), b = channels(second_value, step);
+        _mm512_store_si512(target, _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
+        target += key_steps_ * TILE;
+        _mm512_store_si512(target, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
+        target += key_steps_ * TILE;
       }
     }
-  }
-
-  // 32 channels of all values as right operands: [2][key steps] tiles, of the even channels and of the odd ones, so that
-  // nothing moves between lanes. `read_row` puts the channels in order again.
-  void load_values(int64_t slot, int64_t step) {
-    for (int64_t j = 0; j < key_steps_ * STEP; j += 2) {
-      const __m512i a = channels(value(slot, j), step), b = channels(value(slot, j + 1), step);
-      bf16* tile = values_ + j * 16;
-      _mm512_store_si512(tile, _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
-      _mm512_store_si512(tile + CHUNK_KEYS * 16, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
-    }
-  }
-
-  const bf16* value(int64_t slot, int64_t j) const {
-    return j < count_ ? rows_[j].value + slot * rows_[j].value_head_stride : nullptr;
   }
 
   __m512i channels(const bf16* row, int64_t step) const {
     return row ? load_channels(row, step * STEP, head_dim_) : _mm512_setzero_si512();
   }
 
-  // Scores of the loaded keys and 32 rows; beside it, the weights of the block before, whose scores are the other ones.
-  void multiply(const bf16* queries, int64_t parity, const Block& last) {
+  // 32 rows from `row` on and the 32 keys of a step. Row i sees key p of it where shift + p <= i.
+  struct Block {
+    int64_t row = 0, step = 0, key_steps = 0, shift = 0;
+  };
+
+  // Scores of 32 keys and 32 rows; beside it, the weights of the block before, whose scores are the other ones.
+  void multiply(const bf16* keys, const bf16* queries, int64_t parity, const Block& last) {
     switch (steps_) {  // the usual widths get loops of known length
-      case 2: return multiply_of(std::integral_constant<int64_t, 2>(), queries, parity, last);
-      case 4: return multiply_of(std::integral_constant<int64_t, 4>(), queries, parity, last);
-      case 8: return multiply_of(std::integral_constant<int64_t, 8>(), queries, parity, last);
-      default: return multiply_of(steps_, queries, parity, last);
+      case 2: return multiply_of(std::integral_constant<int64_t, 2>(), keys, queries, parity, last);
+      case 4: return multiply_of(std::integral_constant<int64_t, 4>(), keys, queries, parity, last);
+      case 8: return multiply_of(std::integral_constant<int64_t, 8>(), keys, queries, parity, last);
+      default: return multiply_of(steps_, keys, queries, parity, last);
     }
   }
 
   template <typename steps_t>
-  void multiply_of(steps_t steps, const bf16* queries, int64_t parity, const Block& last) {
+  void multiply_of(steps_t steps, const bf16* keys, const bf16* queries, int64_t parity, const Block& last) {
     const int64_t right = steps * TILE;
     zero_sums();
-    if (!last.weights) {
-      add_products(steps, keys_, keys_ + right, queries, queries + right);
+    if (!last.key_steps) {
+      add_products(steps, keys, keys + right, queries, queries + right);
     } else if (last.shift + STEP - 1 > 0) {
-      add_products(steps, keys_, keys_ + right, queries, queries + right, [&](int64_t i) {
+      add_products(steps, keys, keys + right, queries, queries + right, [&](int64_t i) {
         weigh_part<true>(i, 2 * steps, parity ^ 1, last.shift);
       });
     } else {
-      add_products(steps, keys_, keys_ + right, queries, queries + right, [&](int64_t i) {
+      add_products(steps, keys, keys + right, queries, queries + right, [&](int64_t i) {
         weigh_part<false>(i, 2 * steps, parity ^ 1, 0);
       });
     }
@@ -209,18 +192,28 @@ class MatrixTiles {
     return row <= 0 ? 0xffff : row >= 16 ? 0 : static_cast<__mmask16>(0xffff << row);
   }
 
-  // Stores a block's weights as left operands.
-  void store_weights(const Block& block) const {
-    if (!block.weights) return;
-    transpose_tile(reinterpret_cast<const bf16*>(pairs_), block.weights);
-    transpose_tile(reinterpret_cast<const bf16*>(pairs_ + SUM_TILE), block.weights + 16 * CHUNK_KEYS);
+  // Stores a block's weights as left operands and, behind the last step of its rows, adds their values up.
+  void settle(const Block& block, const bf16* values, float* sums) {
+    if (!block.key_steps) return;
+    for (int64_t half = 0; half < 2; ++half) {
+      transpose_tile(
+          reinterpret_cast<const bf16*>(pairs_ + half * SUM_TILE), weights_ + (half * key_steps_ + block.step) * TILE);
+    }
+    if (block.step + 1 < block.key_steps) return;
+    float* row_sums = sums + block.row * width_;
+    const int64_t below = 16 * width_, right = key_steps_ * TILE;
+    for (int64_t tile = 0; tile < 2 * steps_; tile += 2) {
+      load_sums(row_sums + tile * SUM_TILE, below);
+      add_products(
+          block.key_steps, weights_, weights_ + right, values + tile * right, values + (tile + 1) * right);
+      store_sums(row_sums + tile * SUM_TILE, below);
+    }
   }
 
   int64_t head_dim_, width_, steps_;
   __m512 minus_alpha_log2e_;
-  const KeyRow<bf16>* rows_ = nullptr;
-  int64_t count_ = 0, key_steps_ = 0, slot_queries_ = 0;
-  // Tiles: [slots][rows / 16][steps]; [2][steps]; [2][key steps]; [rows / 16][key steps].
+  int64_t slot_queries_ = 0, slot_keys_ = 0, key_steps_ = 0;
+  // Tiles: [slots][rows / 16][steps]; the same of keys; [slots][2 steps][key steps]; [2][key steps].
   bf16 *queries_, *keys_, *values_, *weights_;
   float* scores_;                               // two blocks, [2][2 x 2 tiles]
   uint32_t* pairs_;                             // [2][16 pairs of keys][16 rows]

@@ -74,7 +74,7 @@ class LinearWorker {
     Carver carver(scratch(sizes.used()));
     carve(carver);
     // Results that no cache will hold go to memory directly: it need not be read first.
-    stream_ = rows * weight.out >= 2 << 20 && weight.out % 32 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+    stream_ = rows * weight.out >= 8 << 20 && weight.out % 32 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
   }
 
   ~LinearWorker() { _mm_sfence(); }  // what was streamed is in memory before another thread looks
@@ -172,16 +172,18 @@ void linear(
     const bf16* x, int64_t x_stride, int64_t rows, const bf16* packed, const PackedWeight& weight, bf16* y,
     const finish_t& finish) {
   constexpr int64_t GROUP_ROWS = 512, TASKS_PER_THREAD = 8;
-  const int64_t groups = (rows + GROUP_ROWS - 1) / GROUP_ROWS, group_rows = round_up((rows + groups - 1) / groups, 32);
-  const int64_t threads = at::get_num_threads();
-  const int64_t parts = std::clamp<int64_t>((TASKS_PER_THREAD * threads + groups - 1) / groups, 1, weight.blocks());
+  const int64_t threads = at::get_num_threads(), least = (rows + GROUP_ROWS - 1) / GROUP_ROWS;
+  // As many groups for each thread; of a single one all threads take some columns.
+  const int64_t groups = least == 1 ? 1 : round_up(least, threads), group_rows = round_up((rows + groups - 1) / groups, 32);
+  const int64_t parts = groups > 1 ? 1 : std::clamp<int64_t>(TASKS_PER_THREAD * threads, 1, weight.blocks());
   const int64_t part_blocks = (weight.blocks() + parts - 1) / parts;
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) {
       LinearWorker worker(x, x_stride, rows, packed, weight, y, group_rows);
       for (int64_t i = next++; i < groups * parts; i = next++) {
-        const int64_t first = i % parts * part_blocks;
+        if (i / parts * group_rows >= rows) break;
+        const int64_t first = std::min(i % parts * part_blocks, weight.blocks());
         worker.run(i / parts * group_rows, first, std::min(first + part_blocks, weight.blocks()), finish);
       }
     }
