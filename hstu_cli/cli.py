@@ -1,5 +1,6 @@
 """The `hstu` command line: wires the commands, and does nothing else."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -37,6 +38,8 @@ def main(
     ] = False,
 ) -> None:
     """HSTU ranking models: prepare KuaiRand, train, replay requests, measure."""
+    # Else `import torch` loads torch_npu wherever it is installed, and fails where that does; the npu backend loads it.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 
 preprocess_app = typer.Typer(no_args_is_help=True, help="Turn raw logs into sequences and a request timeline.")

@@ -4,7 +4,15 @@ Only this package names `torch.cuda` and `torch.npu`.
 """
 
 from hstu_cli.backend.base import Backend, Event, Graph, GraphPool, WallTimer, packed, upload
-from hstu_cli.backend.choice import BACKENDS, DTYPES, DeviceChoice, backend_of, open_device, resolve_dtype
+from hstu_cli.backend.choice import (
+    BACKENDS,
+    DTYPES,
+    DeviceChoice,
+    backend_of,
+    open_device,
+    prefers_few_shapes,
+    resolve_dtype,
+)
 from hstu_cli.backend.streams import CudaBackend, NpuBackend, StreamBackend
 
 __all__ = [
@@ -22,6 +30,7 @@ __all__ = [
     "backend_of",
     "open_device",
     "packed",
+    "prefers_few_shapes",
     "resolve_dtype",
     "upload",
 ]

@@ -85,6 +85,10 @@ class Backend:
     default_dtype = "fp32"
     cache_memory_share = 0.25
     """Share of the device's memory that a KV cache takes unless its size is given."""
+    how_to_list = "there is one CPU"
+    """Which command lists the devices, and what hides some, as a clause."""
+    few_shapes = False
+    """Whether operators are prepared for each shape anew, so that padding to few of them pays."""
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device(self.type) if self.type == "cpu" else torch.device(self.type, index)

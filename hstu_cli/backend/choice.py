@@ -22,6 +22,11 @@ def backend_of(device: torch.device) -> Backend:
     return {kind.type: kind for kind in BACKENDS}[device.type](device.index or 0)
 
 
+def prefers_few_shapes(device: torch.device) -> bool:
+    """Whether padding to few shapes pays on a tensor's device; not on a kind that no backend drives."""
+    return any(kind.type == device.type and kind.few_shapes for kind in BACKENDS)
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceChoice:
     """A resolved `--device`: the backend, the preset that was named, and a warning where it is absent."""
@@ -53,7 +58,9 @@ def open_device(requested: str, *, require: bool = False) -> DeviceChoice:
         raise UnavailableError(f"--device {requested}: {reason}")
     number = int(index or 0)
     if number >= backend.device_count():
-        raise UnavailableError(f"--device {requested}: there are only {backend.device_count()} {kind} devices.")
+        last = backend.device_count() - 1
+        there = f"there is only {kind}:0" if last == 0 else f"there are only {kind}:0 to {kind}:{last}"
+        raise UnavailableError(f"--device {requested}: {there}; {backend.how_to_list}.")
     return DeviceChoice(requested, backend(number))
 
 

@@ -106,6 +106,7 @@ class BlockWorkload:
             num_pages=self.page_ids.numel(),
             page_size=self.page_size,
             device="cpu",
+            history_stored=True,
         )
         attention = PagedAttention(
             config=self.config,

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hstu_cli.backend import Backend
+from hstu_cli.backend import Backend, upload
 from hstu_cli.bench.metrics import CUTOFFS, ReplayMetrics
 from hstu_cli.bench.requests import RequestSource
 from hstu_cli.bench.verify import CacheVerifier
 from hstu_cli.data.predictions import PredictionsWriter
 from hstu_cli.errors import UsageError
+from hstu_cli.kernels.buckets import bucket, padded
 from hstu_cli.model.engine import InferenceEngine, StepResult
 from hstu_cli.model.tokens import UserRequest
 from hstu_cli.timing import latency_summary
@@ -138,5 +139,9 @@ class Replay:
     def _target_ranks(self, requests: list[UserRequest], result: StepResult) -> np.ndarray:
         """Rank of the first candidate of each request that has a prediction, int64."""
         targets = np.array([request.candidates[0] for request in requests])[result.has_last]
-        model = self.engine.model
-        return model.next_item_rank(result.last_hidden, torch.from_numpy(targets).to(model.device)).cpu().numpy()
+        model, rows = self.engine.model, result.last_hidden
+        length = bucket(len(rows)) if self.engine.few_shapes else len(rows)
+        if length > len(rows):
+            rows = torch.cat([rows, rows.new_zeros(length - len(rows), rows.shape[1])])
+        target_ids = upload([padded(torch.from_numpy(targets), length)], model.device)[0]
+        return model.next_item_rank(rows, target_ids).cpu().numpy()[: len(targets)]

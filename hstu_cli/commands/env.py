@@ -30,6 +30,7 @@ def env(
     args = dict(locals())
     from hstu_cli.backend import BACKENDS, open_device
     from hstu_cli.errors import UnavailableError
+    from hstu_cli.kernels.attention.ascend import why_unavailable as why_no_ascend
     from hstu_cli.kernels.dispatch import IMPLEMENTATIONS, choose_impl
     from hstu_cli.kernels.native.build import native_state
     from hstu_cli.kernels.triton.state import triton_state
@@ -60,6 +61,8 @@ def env(
         }
         record["backends"] = {kind.type: _describe(kind) for kind in BACKENDS}
         operators = ("hstu_attention", "hstu_paged_attention")
+        absent = why_no_ascend()
+        record["ascend"] = {"available": absent is None, "reason": absent or "the operators of RecSDK are loaded"}
         record["native"] = asdict(native)
         record["triton"] = asdict(triton_state())
         record["implementations"] = {operator: list(IMPLEMENTATIONS) for operator in operators}
@@ -92,7 +95,7 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
         for name, embedding in record["embeddings"].items()
     }
     operators = {name: ", ".join(impls) for name, impls in record["implementations"].items()}
-    for name in ("native", "triton"):
+    for name in ("native", "triton", "ascend"):
         state = record[name]
         operators[name] = state["reason"] if state["available"] else f"absent: {state['reason']}"
     graphs = record["cuda_graph"]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hstu_cli.backend import DTYPES, Backend, DeviceChoice, open_device, resolve_dtype
-from hstu_cli.kernels.dispatch import ImplChoice, choose_impl
+from hstu_cli.backend import BACKENDS, DTYPES, Backend, DeviceChoice, open_device, resolve_dtype
+from hstu_cli.kernels.dispatch import ImplChoice, check_possible, choose_impl
 from hstu_cli.report import Reporter, environment, parse_metadata
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ def open_run(
 
     gradients: the command needs an implementation that has them.
     """
+    named = device.lower().partition(":")[0]
+    if named in (kind.type for kind in BACKENDS):
+        check_possible(impl, named)  # what the command line alone makes impossible is said before what is absent
     choice = open_device(device, require=require_device)
     backend = choice.backend
     backend.tune_process()

@@ -31,7 +31,9 @@ RequireDevice = Annotated[
     bool, typer.Option("--require-device", help="Fail where the GPU that --device names is absent.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16; auto is fp32 on a CPU, bf16 elsewhere.")]
-Impl = Annotated[str, typer.Option(help="Implementation of the operators: auto, reference, blocked or native.")]
+Impl = Annotated[
+    str, typer.Option(help="Implementation of the operators: auto, reference, blocked, native, triton or ascend.")
+]
 AppendImpl = Annotated[
     str, typer.Option(help="What writes new keys and values into pages: auto, triton, flashinfer or torch.")
 ]

@@ -10,10 +10,10 @@ from hstu_cli.kernels.native.build import native_state
 from hstu_cli.kernels.triton.state import is_interpreting, triton_state
 
 AUTO = "auto"
-IMPLEMENTATIONS = ("reference", "blocked", "native", "triton")
+IMPLEMENTATIONS = ("reference", "blocked", "native", "triton", "ascend")
 """All implementations there are; an operator may offer a part of them."""
 
-WITHOUT_GRADIENTS = ("native", "triton")
+WITHOUT_GRADIENTS = ("native", "triton", "ascend")
 """Implementations of which single operators have no gradients; Triton's attention and training layer do."""
 
 
@@ -31,17 +31,32 @@ def choose_impl(requested: str, device_type: str, *, build: bool = True, gradien
     build: build the native operators now if they are chosen and not built yet. gradients: it must have them.
     Raises UsageError naming the choices, UnavailableError where native cannot be built or triton is not installed.
     """
+    check_possible(requested, device_type)
     if requested == AUTO:
         return _fastest(device_type, build, gradients)
-    if requested not in IMPLEMENTATIONS:
-        raise UsageError(f"There is no implementation {requested!r}; choose from {AUTO}, {', '.join(IMPLEMENTATIONS)}.")
-    if gradients and requested == "native":
-        raise UsageError("Implementation 'native' computes no gradients; choose auto, reference, blocked or triton.")
-    if requested == "native":
-        _require_native(device_type)
-    if requested == "triton":
-        _require_triton(device_type)
+    if gradients and requested in ("native", "ascend"):
+        raise UsageError(
+            f"Implementation {requested!r} computes no gradients; choose auto, reference, blocked or triton."
+        )
+    reason = _why_absent(requested)
+    if reason is not None:
+        raise UnavailableError(f"--impl {requested}: {reason}. Or choose blocked.")
     return ImplChoice(requested, "as requested")
+
+
+def check_possible(requested: str, device_type: str) -> None:
+    """UsageError for an implementation that there is not, or not for this type of device, whatever is installed."""
+    if requested not in (AUTO, *IMPLEMENTATIONS):
+        raise UsageError(f"There is no implementation {requested!r}; choose from {AUTO}, {', '.join(IMPLEMENTATIONS)}.")
+    if requested == "native" and device_type != "cpu":
+        raise UsageError(f"Implementation 'native' runs on a CPU, not on {device_type}; choose auto or blocked.")
+    if requested == "ascend" and device_type != "npu":
+        raise UsageError(f"Implementation 'ascend' runs on an NPU, not on {device_type}; choose auto or blocked.")
+    if requested == "triton" and device_type != "cuda" and not (device_type == "cpu" and _can_interpret()):
+        raise UsageError(
+            f"Implementation 'triton' runs on an NVIDIA GPU, not on {device_type}; choose auto, reference, blocked"
+            f"{' or native' if device_type == 'cpu' else ''}."
+        )
 
 
 def choose_impl_for(requested: str, *tensors: torch.Tensor, triton_gradients: bool = False) -> str:
@@ -51,7 +66,7 @@ def choose_impl_for(requested: str, *tensors: torch.Tensor, triton_gradients: bo
     Raises what `choose_impl` does, and ValueError for an implementation without gradients where one is wanted.
     """
     device_type = tensors[0].device.type
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    needs_gradient = wants_gradient(*tensors)
     autocast = casts(device_type)
     if requested == AUTO and (
         needs_gradient or autocast or (device_type == "cuda" and tensors[0].dtype == torch.float64)
@@ -66,9 +81,14 @@ def choose_impl_for(requested: str, *tensors: torch.Tensor, triton_gradients: bo
     return choose_impl(requested, device_type).name
 
 
+def wants_gradient(*tensors: torch.Tensor) -> bool:
+    """Whether what is computed with these tensors will be differentiated."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def exact_impl(name: str) -> str:
-    """What computes in a wider dtype, perhaps on the CPU, for comparison with implementation `name` on a GPU."""
-    return AUTO if name == "triton" else name
+    """What computes in a wider dtype, perhaps on the CPU, for comparison with implementation `name` on a device."""
+    return AUTO if name in ("triton", "ascend") else name
 
 
 def _fastest(device_type: str, build: bool, gradients: bool) -> ImplChoice:
@@ -87,21 +107,19 @@ def _fastest(device_type: str, build: bool, gradients: bool) -> ImplChoice:
     return ImplChoice("native", f"auto: the fastest implementation for cpu, {state.reason}")
 
 
-def _require_native(device_type: str) -> None:
-    if device_type != "cpu":
-        raise UsageError(f"Implementation 'native' runs on a CPU, not on {device_type}; choose auto or blocked.")
-    state = native_state()
-    if not state.available:
-        raise UnavailableError(f"--impl native: {state.reason}. Or choose blocked.")
+def _can_interpret() -> bool:
+    return triton_state().available and is_interpreting()
 
 
-def _require_triton(device_type: str) -> None:
-    state = triton_state()
-    interpreted = device_type == "cpu" and state.available and is_interpreting()
-    if device_type != "cuda" and not interpreted:
-        raise UsageError(
-            f"Implementation 'triton' runs on an NVIDIA GPU, not on {device_type}; choose auto, reference, blocked"
-            f"{' or native' if device_type == 'cpu' else ''}."
-        )
-    if not state.available:
-        raise UnavailableError(f"--impl triton: {state.reason}. Or choose blocked.")
+def _why_absent(name: str) -> str | None:
+    """Why an implementation cannot be used in this process, as a clause; None where it can."""
+    if name == "native":
+        state = native_state()
+        return None if state.available else state.reason
+    if name == "triton":
+        return None if triton_state().available else triton_state().reason
+    if name == "ascend":
+        from hstu_cli.kernels.attention.ascend import why_unavailable
+
+        return why_unavailable()
+    return None

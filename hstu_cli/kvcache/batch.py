@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from hstu_cli.backend import upload
+from hstu_cli.backend import prefers_few_shapes, upload
 from hstu_cli.config import ModelConfig
 from hstu_cli.kernels import BatchPlan, PagePlan, append_to_pages, paged_attention, plan_pages
+from hstu_cli.kernels.buckets import bucket, padded
 from hstu_cli.kvcache.fingerprint import HistoryFingerprint
 from hstu_cli.kvcache.storage import PageStorage
 from hstu_cli.kvcache.tier import Hold, Reservation
@@ -93,16 +94,22 @@ class CacheBatch:
         rows: np.ndarray,
         slots: np.ndarray,
     ) -> "PagedAttention":
-        device = plan.seq_offsets.device
+        device, pages = plan.seq_offsets.device, self.storage.pages
+        new_rows, new_slots = torch.from_numpy(rows), torch.from_numpy(slots)
+        if prefers_few_shapes(pages.device):  # padding goes to the last page, which no user has
+            length = bucket(len(rows))
+            spare = (pages.shape[1] - 1) * self.page_size + torch.arange(length - len(rows)) % self.page_size
+            new_rows, new_slots = padded(new_rows, length), torch.cat([new_slots, spare])
         tables = [request.pages for request in requests]
         page_plan = plan_pages(
             torch.tensor([0, *map(len, tables)]).cumsum(0),
             torch.tensor([page for table in tables for page in table], dtype=torch.int64),
             torch.tensor(cached_lengths, dtype=torch.int64),
             num_sequences=plan.num_sequences,
-            num_pages=self.storage.pages.shape[1],
+            num_pages=pages.shape[1],
             page_size=self.page_size,
             device=device,
+            history_stored=True,
         )
         return PagedAttention(
             config=config,
@@ -110,8 +117,8 @@ class CacheBatch:
             jobs=self.jobs,
             plan=plan,
             page_plan=page_plan,
-            new_rows=torch.from_numpy(rows).to(device),
-            new_slots=torch.from_numpy(slots).to(device),
+            new_rows=new_rows.to(device),
+            new_slots=new_slots.to(device),
             impl=impl,
             append_impl=self.append_impl,
         )

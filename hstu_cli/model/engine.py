@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from hstu_cli.backend import upload
+from hstu_cli.backend import prefers_few_shapes, upload
 from hstu_cli.config import ModelConfig
+from hstu_cli.kernels.buckets import bucket, padded
 from hstu_cli.kvcache import KVCacheManager
 from hstu_cli.kvcache.batch import CacheBatch
 from hstu_cli.kvcache.fingerprint import HistoryFingerprint
@@ -57,6 +58,7 @@ class InferenceEngine:
         self.cache = cache
         self.lookup = lookup
         self.graphs = graphs
+        self.few_shapes = prefers_few_shapes(model.device)
         self.weights = WeightsIdentity(model)
 
     @torch.no_grad()
@@ -97,13 +99,16 @@ class InferenceEngine:
             chunks = [replace(requests[i], candidates=requests[i].candidates[start : start + limit]) for i in members]
             hidden, batch = self._forward(chunks, cache, members, first=start == 0)  # hidden [T, D]
             last_rows = batch.last_rows()
-            candidate_rows, rows_with_last = upload(
-                [batch.candidate_rows(), last_rows[last_rows >= 0]], self.model.device
-            )
+            rows = [batch.candidate_rows(), last_rows[last_rows >= 0]]
+            num_scores, num_last = map(len, rows)
+            if self.few_shapes:
+                rows = [padded(r, bucket(len(r))) for r in rows]
+            candidate_rows, rows_with_last = upload(rows, self.model.device)
             if start == 0:
                 has_last = (last_rows >= 0).numpy()
-                last_hidden = hidden[rows_with_last]
-            scores = self.model.rank(hidden[candidate_rows]).cpu().numpy()  # the one place that waits for the device
+                last_hidden = hidden[rows_with_last][:num_last]
+            scores = self.model.rank(hidden[candidate_rows])
+            scores = scores.cpu().numpy()[:num_scores]  # the one place that waits for the device
             ends = np.cumsum([len(chunk.candidates) for chunk in chunks])
             for i, part in zip(members, np.split(scores, ends[:-1]), strict=True):
                 logits[i].append(part)
@@ -124,10 +129,13 @@ class InferenceEngine:
         batch = build_token_batch(config, requests, num_cached)
         self.model.check_ids(batch)
         device = self.model.device
-        on_device = batch.to(device)
+        run = batch.in_bucket() if self.few_shapes else batch
+        on_device = run.to(device)
         if cache is None:
-            return self.model(on_device, JaggedAttention(config, batch.plan(device), self.impl), self.lookup), batch
-        plan = batch.plan()  # on the host, like the page tables: it all goes to the device together
+            plan = replace(batch.plan(device), num_tokens=run.num_tokens)
+            return self.model(on_device, JaggedAttention(config, plan, self.impl), self.lookup), batch
+        # On the host, like the page tables: it all goes to the device together.
+        plan = replace(batch.plan(), num_tokens=run.num_tokens)
         if first:
             attention = cache.attention(config, plan, self.impl)
         else:

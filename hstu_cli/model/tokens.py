@@ -5,7 +5,7 @@ may leave out the first tokens of a sequence where their keys and values are kno
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch
 from hstu_cli.backend import upload
 from hstu_cli.config import ModelConfig
 from hstu_cli.kernels import BatchPlan, plan_batch
+from hstu_cli.kernels.buckets import bucket, padded
 
 VIDEO_TABLE = "video_id"
 ACTION_TABLE = "action_weights"
@@ -68,6 +69,20 @@ class TokenBatch:
         parts = iter(upload([*self.ids.values(), *self.slots.values(), *rest], torch.device(device)))
         ids, slots = ({table: next(parts) for table in of_table} for of_table in (self.ids, self.slots))
         return TokenBatch(ids, slots, *parts)
+
+    def in_bucket(self) -> "TokenBatch":
+        """The same batch on the host, padded to sizes of which there are few; the results of its own rows are the same.
+
+        There is at least one row of padding: the embeddings of padding ids, 0 in every table, go to the last one.
+        """
+        num_rows = bucket(self.num_tokens + 1)
+        sizes = {table: bucket(len(ids)) for table, ids in self.ids.items()}
+        return replace(
+            self,
+            ids={table: padded(ids, sizes[table]) for table, ids in self.ids.items()},
+            slots={table: padded(slots, sizes[table], num_rows - 1) for table, slots in self.slots.items()},
+            positions=padded(self.positions, num_rows),
+        )
 
     def plan(self, device: torch.device | str = "cpu") -> BatchPlan:
         """The batch as attention on `device` takes it; of a batch on the host, for which nothing waits."""

@@ -6,8 +6,9 @@ row needs no normalisation and partial sums over keys simply add.
 
 import torch
 
+from hstu_cli.backend import prefers_few_shapes
 from hstu_cli.kernels.attention.plan import BatchPlan, plan_batch
-from hstu_cli.kernels.dispatch import choose_impl_for
+from hstu_cli.kernels.dispatch import choose_impl_for, wants_gradient
 
 
 def hstu_attention(
@@ -61,9 +62,17 @@ def jagged_attention(
         case "reference":
             from hstu_cli.kernels.attention.reference import attention
         case "blocked":
+            if prefers_few_shapes(q.device) and not wants_gradient(q, k, v):
+                from hstu_cli.kernels.attention.bucketed import attention
+
+                return attention(q, k, v, plan, alpha=alpha, scaling_seqlen=scaling_seqlen)
             from hstu_cli.kernels.attention.backward import attention
         case "native":
             from hstu_cli.kernels.attention.native import attention
+        case "ascend":
+            from hstu_cli.kernels.attention.ascend import attention
+
+            return attention(q, k, v, plan, alpha=alpha, scaling_seqlen=scaling_seqlen)
         case "triton":
             from hstu_cli.kernels.attention.triton_backward import attention
 

@@ -1,11 +1,15 @@
 """A jagged batch, validated once and then used by every layer."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 
 from hstu_cli.kernels.checks import int32_on, int_list
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +19,9 @@ class BatchPlan:
     seq_offsets: int32 [B + 1], num_candidates: int32 [B], on the device of q; see `hstu_attention`.
     num_tokens: rows of q, k and v. max_new_tokens: no sequence has more rows.
     offsets, candidates: the same as Python integers, or None where a graph is captured: what is on the device may
-      then change between replays within num_tokens and max_new_tokens, and rows behind seq_offsets[B] are padding.
+      then change between replays within num_tokens and max_new_tokens.
+    Rows behind seq_offsets[B] are padding: `plan_batch` knows none, who pads a batch adds them to num_tokens.
+    derived: what implementations worked out of this batch in one layer and need in the next; see `once`.
     """
 
     seq_offsets: torch.Tensor
@@ -24,6 +30,7 @@ class BatchPlan:
     max_new_tokens: int
     offsets: list[int] | None
     candidates: list[int] | None
+    derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_sequences(self) -> int:
@@ -35,6 +42,14 @@ class BatchPlan:
         if self.offsets is None or self.candidates is None:
             raise ValueError("this batch is described on the device alone, which impl='triton' can use and no other")
         return self.offsets, self.candidates
+
+    def once(self, name: str, make: Callable[[], T], pages: object = None) -> T:
+        """What `make` gives, made in the first layer alone; pages: the page plan that it comes from, if it does."""
+        made_for = (self.num_tokens, self.seq_offsets.device)
+        found = self.derived.get(name)
+        if found is None or found[0] != made_for or found[1] is not pages:
+            found = self.derived[name] = (made_for, pages, make())
+        return found[2]
 
 
 def plan_batch(

@@ -20,8 +20,10 @@ def dropout_scale(share: float) -> float:
 
 def dropout_mask(num_rows: int, width: int, share: float, seed: int, device: torch.device) -> torch.Tensor:
     """Which elements are dropped, bool [num_rows, width]; equal arguments make equal masks on a kind of device."""
-    generator = torch.Generator(device).manual_seed(seed)
-    numbers = torch.empty(-(-num_rows * width // 4), dtype=torch.int64, device=device)
+    # Elsewhere the host draws: not every device has random numbers of 64 bits.
+    drawn_on = device if device.type in ("cpu", "cuda") else torch.device("cpu")
+    generator = torch.Generator(drawn_on).manual_seed(seed)
+    numbers = torch.empty(-(-num_rows * width // 4), dtype=torch.int64, device=drawn_on)
     numbers.random_(-(2**63), None, generator=generator)  # every bit is random
     values = numbers.view(torch.int16)[: num_rows * width].view(num_rows, width)
-    return values < dropout_level(share) - LEVELS // 2
+    return (values < dropout_level(share) - LEVELS // 2).to(device)

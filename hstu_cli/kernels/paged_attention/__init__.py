@@ -2,9 +2,10 @@
 
 import torch
 
+from hstu_cli.backend import prefers_few_shapes
 from hstu_cli.kernels.attention import check_like_q, check_planned
 from hstu_cli.kernels.attention.plan import BatchPlan, plan_batch
-from hstu_cli.kernels.dispatch import choose_impl_for
+from hstu_cli.kernels.dispatch import choose_impl_for, wants_gradient
 from hstu_cli.kernels.paged_attention.plan import PagePlan, plan_pages
 
 
@@ -79,9 +80,17 @@ def paged_attention(
         case "reference":
             from hstu_cli.kernels.paged_attention.reference import attention
         case "blocked":
+            if prefers_few_shapes(q.device) and not wants_gradient(q, k, v, pages):
+                from hstu_cli.kernels.attention.bucketed import attention
+
+                return attention(q, k, v, plan, pages, page_plan, alpha=alpha, scaling_seqlen=scaling_seqlen)
             from hstu_cli.kernels.paged_attention.blocked import attention
         case "native":
             from hstu_cli.kernels.paged_attention.native import attention
+        case "ascend":
+            from hstu_cli.kernels.attention.ascend import paged_attention as attention
+
+            return attention(q, k, v, plan, pages, page_plan, alpha=alpha, scaling_seqlen=scaling_seqlen)
         case "triton":
             from hstu_cli.kernels.paged_attention.triton import attention
 

@@ -1,6 +1,6 @@
 """The page tables of a batch, validated once and then used by every layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -17,6 +17,7 @@ class PagePlan:
     max_cached_tokens: no sequence has more cached tokens.
     tables, lengths: each sequence's page ids, those in use alone, and cached length, or None where a graph is
       captured: what is on the device may then change between replays, within these bounds.
+    all_tables: page ids of each sequence, those for new history included. history_stored: whether that is in them.
     """
 
     page_indptr: torch.Tensor
@@ -27,6 +28,8 @@ class PagePlan:
     max_cached_tokens: int
     tables: list[list[int]] | None
     lengths: list[int] | None
+    all_tables: list[list[int]] = field(default_factory=list, repr=False)
+    history_stored: bool = False
 
     def on_host(self) -> tuple[list[list[int]], list[int]]:
         """Tables and lengths for an implementation that needs them; ValueError where there are none."""
@@ -44,8 +47,11 @@ def plan_pages(
     num_pages: int,
     page_size: int,
     device: torch.device | str,
+    history_stored: bool = False,
 ) -> PagePlan:
     """Validate the page tables of a batch for a pool of pages on `device`.
+
+    history_stored: the pages also hold the history among the new tokens, by the time that attention runs.
 
     The tensors are int32 or int64; on the host, nothing waits for a device. Raises ValueError for numbers that do
     not fit together, a page id outside the pool included.
@@ -78,4 +84,6 @@ def plan_pages(
         max_cached_tokens=max(lengths, default=0),
         tables=tables,
         lengths=lengths,
+        all_tables=[ids[start:end] for start, end in pairwise(indptr)],
+        history_stored=history_stored,
     )

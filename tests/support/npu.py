@@ -1,0 +1,41 @@
+"""Jobs on the stand-in for torch_npu, from a test's process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STAND_IN = Path(__file__).parent / "npu_stand_in"
+
+
+def why_no_stand_in() -> str | None:
+    """Why there can be no stand-in device with this torch, or None."""
+    from torch.utils import backend_registration
+
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        return f"torch {torch.__version__} cannot take a backend written in Python"
+    if not hasattr(torch._C, "_acc") or not hasattr(torch._C._acc, "create_empty_tensor"):
+        return f"torch {torch.__version__} cannot make a tensor of a backend written in Python"
+    return None
+
+
+def run_on_stand_in(jobs: list[dict[str, Any]], home: Path) -> list[dict[str, Any]]:
+    """What `npu_stand_in/run.py` says of the jobs; data is prepared under `home`."""
+    environment = {**os.environ, "HSTU_HOME": str(home), "HOME": str(home), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(STAND_IN / "run.py")]
+    done = subprocess.run(
+        command, input=json.dumps(jobs), capture_output=True, text=True, env=environment, cwd=home, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def record(outcome: dict[str, Any]) -> dict[str, Any]:
+    """The JSON record of a command that must have succeeded."""
+    assert outcome["exit_code"] == 0, outcome["stderr"]
+    return json.loads(outcome["stdout"])

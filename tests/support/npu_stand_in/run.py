@@ -1,0 +1,79 @@
+"""Runs jobs on the stand-in device, in a process of its own: a JSON list on stdin, one of results on stdout.
+
+A job is {"args": [...]}, a command line of hstu, or {"code": "..."}, Python whose variable `result` is wanted.
+"unpadded" turns padding to few shapes off. Packages that an NPU must not need are blocked.
+"""
+
+import io
+import json
+import os
+import sys
+import traceback
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BLOCKED = {"triton", "flashinfer", "dynamicemb", "fbgemm_gpu", "torchrec"}
+
+
+class Block:
+    """Says that the blocked packages are not there."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is blocked")
+
+
+def main() -> None:
+    """Do the jobs one after the other."""
+    sys.meta_path.insert(0, Block())
+    sys.path.insert(0, str(HERE))
+    jobs = json.load(sys.stdin)
+    import torch
+
+    torch.set_num_threads(1)
+    import torch_npu
+
+    results = [run(job, torch_npu.RECORDER) for job in jobs]
+    json.dump(results, sys.stdout)
+    sys.stdout.flush()
+    os._exit(0)  # the device's memory is freed by Python code, which must not run while the interpreter goes down
+
+
+def run(job: dict[str, Any], recorder: Any) -> dict[str, Any]:
+    """One job and what it asked of the device."""
+    from hstu_cli.backend import NpuBackend
+    from hstu_cli.bench import ceilings
+
+    ceilings.MATMUL_SIZE |= {"npu": 64, "cpu": 64}
+    ceilings.COPY_BYTES |= {"npu": 1 << 12, "cpu": 1 << 12}
+    NpuBackend.few_shapes = not job.get("unpadded", False)
+    recorder.take()
+    if "code" in job:
+        names: dict[str, Any] = {"result": None}
+        try:
+            with redirect_stdout(io.StringIO()):
+                exec(job["code"], names)
+            outcome = {"result": names["result"], "error": None}
+        except Exception as error:  # noqa: BLE001 - the error is what the test asks for
+            outcome = {"result": None, "error": type(error).__name__, "message": str(error)}
+    else:
+        outcome = run_command(job["args"])
+    return outcome | {"recorded": recorder.take()}
+
+
+def run_command(arguments: list[str]) -> dict[str, Any]:
+    """A command line: its exit code and what it wrote; a bug's traceback joins stderr."""
+    from typer.testing import CliRunner
+
+    from hstu_cli.cli import app
+
+    result = CliRunner().invoke(app, arguments)
+    bug = result.exception if not isinstance(result.exception, SystemExit) else None
+    trace = "".join(traceback.format_exception(bug)) if bug is not None else ""
+    return {"exit_code": result.exit_code, "stdout": result.stdout, "stderr": result.stderr + trace}
+
+
+if __name__ == "__main__":
+    main()

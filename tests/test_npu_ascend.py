@@ -1,0 +1,139 @@
+"""`impl="ascend"`: RecSDK's operators called as documented, with stand-ins for them that compute by loops."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.npu import record, run_on_stand_in, why_no_stand_in
+
+from hstu_cli.bench.verify import FP32_BUDGET
+from hstu_cli.kernels.attention import ascend
+
+pytestmark = pytest.mark.skipif(why_no_stand_in() is not None, reason=str(why_no_stand_in()))
+
+ATTENTION = """
+import torch
+from hstu_cli.kernels import hstu_attention
+from hstu_cli.kernels.attention.cases import ATTENTION_CASES, make_inputs
+result = {}
+for case in ATTENTION_CASES:
+    if case.head_dim % 16:
+        continue
+    x = make_inputs(case, torch.float32)
+    call = {"alpha": x.alpha, "scaling_seqlen": x.scaling_seqlen}
+    there = [t.to("npu") for t in (x.q, x.k, x.v)]
+    found = hstu_attention(*there, x.seq_offsets, x.num_candidates, impl="ascend", **call).cpu()
+    wide = [t.double() for t in (x.q, x.k, x.v)]
+    exact = hstu_attention(*wide, x.seq_offsets, x.num_candidates, impl="reference", **call)
+    result[case.id] = float((found - exact).norm() / (exact.norm() + 1e-300))
+"""
+
+REFUSED = """
+import torch
+from hstu_cli.kernels import hstu_attention, hstu_paged_attention
+def refused(function, *arguments):
+    try:
+        function(*arguments, alpha=1.0, scaling_seqlen=10, impl="ascend")
+    except ValueError as error:
+        return str(error)
+def one(tokens, heads, dim, candidates):
+    q = torch.zeros(tokens, heads, dim, device="npu")
+    return q, q, q, torch.tensor([0, tokens]), torch.tensor([candidates])
+pages = torch.zeros(2, 2, 4, 1, 16, device="npu")
+table = torch.tensor([0, 1]), torch.tensor([1]), torch.tensor([3])
+result = [
+    refused(hstu_attention, *one(4, 1, 24, 0)),
+    refused(hstu_attention, *one(4, 17, 16, 0)),
+    refused(hstu_attention, *one(600, 1, 16, 513)),
+    refused(hstu_paged_attention, *one(4, 1, 16, 1), pages, *table),
+]
+"""
+
+INFER = ["infer", "--config", "tiny", "--steps", "12", "--batch-size", "8", "--dtype", "fp32", "--device", "npu"]
+INFER += ["--impl", "ascend", "--format", "json"]
+LAYER = [
+    "bench-layer",
+    "--config",
+    "tiny",
+    "--num-iters",
+    "1",
+    "--history",
+    "40",
+    "--cached",
+    "33",
+    "--candidates",
+    "0,3",
+]
+LAYER += ["--batch-size", "2", "--device", "npu", "--impl", "ascend", "--dtype", "fp32", "--format", "json"]
+
+OTHER_ARGUMENTS = """
+import torch
+library = torch.library.Library("mxrec", "FRAGMENT")
+library.define("hstu_jagged(Tensor q, Tensor k, Tensor v, int maskType=0, int maxSeqLen=0) -> Tensor")
+library.define("hstu_paged(Tensor q, Tensor k, Tensor v, int maskType=0) -> Tensor")
+from hstu_cli.kernels.attention.ascend import why_unavailable
+result = why_unavailable()
+"""
+
+
+def test_a_library_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert ascend.why_unavailable().startswith("torch.ops.mxrec has no hstu_jagged and hstu_paged; build RecSDK's")
+    (tmp_path / ascend.LIBRARY).write_bytes(b"no library")
+    assert ascend.why_unavailable().startswith(f"{tmp_path / ascend.LIBRARY} does not load (")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    jobs = {
+        "register": {"code": "import recsdk; recsdk.register()"},
+        "attention": {"code": ATTENTION},
+        "refused": {"code": REFUSED},
+        "cached": {"args": [*INFER, "--verify-cache", "1"]},
+        "uncached": {"args": [*INFER, "--no-kv-cache"]},
+        "bench-layer": {"args": LAYER},
+        "env": {"args": ["env", "--format", "json"]},
+    }
+    found = run_on_stand_in(list(jobs.values()), tmp_path_factory.mktemp("ascend"))
+    return dict(zip(jobs, found, strict=True))
+
+
+def test_whole_sequences_are_right(outcomes: dict[str, Any]) -> None:
+    assert outcomes["attention"]["error"] is None, outcomes["attention"]
+    errors = outcomes["attention"]["result"]
+    assert len(errors) == 10
+    assert max(errors.values()) <= FP32_BUDGET
+
+
+def test_cached_scores_are_right(outcomes: dict[str, Any]) -> None:
+    """Each request is compared with itself uncached, and with float64 on the CPU by plain torch."""
+    found = record(outcomes["cached"])
+    assert found["device"]["impl"] == "ascend"
+    cache = found["kv_cache"]
+    assert cache["device_hit_tokens"] > 0
+    assert cache["verified"]["num_requests"] == found["num_requests"]
+    assert max(cache["verified"][f"worst_{what}_error"] for what in ("cached", "uncached")) <= FP32_BUDGET
+    assert record(outcomes["uncached"])["metrics"] == found["metrics"]
+
+
+def test_the_benchmark_of_the_layer_checks_it(outcomes: dict[str, Any]) -> None:
+    rows = record(outcomes["bench-layer"])["rows"]
+    assert [row["cached_length"] for row in rows] == [0, 33, 0, 33]
+    assert {row["impl"] for row in rows} == {"ascend"}
+
+
+def test_env_says_that_the_operators_are_there(outcomes: dict[str, Any]) -> None:
+    assert record(outcomes["env"])["ascend"]["available"] is True
+
+
+def test_what_the_operators_are_not_documented_for_is_refused(outcomes: dict[str, Any]) -> None:
+    heads, many, candidates, unstored = outcomes["refused"]["result"]
+    assert "multiples of 16" in heads
+    assert "not 17 x 16" in many
+    assert "not 600 and 513" in candidates
+    assert "reads new history from the pages" in unstored
+
+
+def test_a_release_with_other_arguments_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    (outcome,) = run_on_stand_in([{"code": OTHER_ARGUMENTS}], tmp_path_factory.mktemp("other"))
+    assert "hstu_jagged has other arguments than are documented" in outcome["result"]

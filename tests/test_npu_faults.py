@@ -1,0 +1,131 @@
+"""What is said where torch_npu is missing, broken or for another torch, or finds no device."""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from support.cli import failure_of
+
+from hstu_cli.backend import NpuBackend
+
+RELEASE = torch.__version__.partition("+")[0]
+INFER = ["infer", "--config", "tiny", "--steps", "1", "--device", "npu"]
+
+
+def install(folder: Path, code: str, version: str | None = RELEASE, *, autoload: bool = False) -> None:
+    """A package torch_npu with this code, and what pip would say of it."""
+    package = folder / "torch_npu"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(code, encoding="utf-8")
+    if version is not None:
+        info = folder / f"torch_npu-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: torch_npu\nVersion: {version}\n", encoding="utf-8"
+        )
+        if autoload:
+            entry = "[torch.backends]\ntorch_npu = torch_npu:_autoload\n"
+            (info / "entry_points.txt").write_text(entry, encoding="utf-8")
+
+
+NO_CANN = "raise ImportError('libhccl.so: cannot open shared object file: No such file or directory')"
+
+
+@pytest.mark.skipif("torch_npu" in sys.modules, reason="torch_npu is here")
+@pytest.mark.parametrize(
+    ("code", "version", "messages"),
+    [
+        (NO_CANN, RELEASE, ["libhccl.so: cannot open shared object file", "source /usr/local/Ascend", "set_env.sh"]),
+        (
+            "raise RuntimeError('Failed to load torch_npu\\nmore')",
+            RELEASE,
+            ["(Failed to load torch_npu)", "set_env.sh"],
+        ),
+        ("raise SystemExit('not to be loaded')", "2.1.0.post13", ["2.1.0 is not for torch", f"torch_npu=={RELEASE}.*"]),
+        ("import a_package_that_nobody_has", RELEASE, ["pip install a_package_that_nobody_has"]),
+        ("import a_package_that_nobody_has", f"{RELEASE}.post2", ["pip install a_package_that_nobody_has"]),
+    ],
+    ids=["no CANN", "fails to load", "another torch", "lacks a package", "post-release"],
+)
+def test_a_torch_npu_that_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, version: str, messages: list[str]
+) -> None:
+    install(tmp_path / "site", code, version)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    said = failure_of(3, *INFER)
+    assert "--device npu: torch_npu" in said
+    assert all(message in said for message in messages), said
+
+
+@pytest.mark.skipif(NpuBackend.why_unavailable() is None, reason="torch_npu is here")
+def test_no_torch_npu() -> None:
+    said = failure_of(3, *INFER)
+    assert "torch_npu is not installed; install Ascend's CANN toolkit" in said
+    assert f"pip install 'torch_npu=={RELEASE}.*'" in said
+
+
+def driver_fails() -> bool:
+    raise RuntimeError("Initialize: aclInit failed, error code is 507008\nmore lines")
+
+
+@pytest.mark.parametrize(
+    ("is_available", "message"),
+    [
+        (lambda: False, "torch_npu finds no NPU; npu-smi info lists the NPUs of this machine, and ASCEND_RT_VISIBLE"),
+        (driver_fails, "cannot use its driver (Initialize: aclInit failed, error code is 507008); check that npu-smi"),
+    ],
+    ids=["no visible device", "driver"],
+)
+def test_no_device(monkeypatch: pytest.MonkeyPatch, is_available: object, message: str) -> None:
+    monkeypatch.setitem(sys.modules, "torch_npu", types.ModuleType("torch_npu"))
+    module = types.SimpleNamespace(is_available=is_available, device_count=lambda: 0)
+    monkeypatch.setattr(torch, "npu", module, raising=False)
+    assert message in failure_of(3, *INFER)
+
+
+def test_an_index_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_npu", types.ModuleType("torch_npu"))
+    module = types.SimpleNamespace(is_available=lambda: True, device_count=lambda: 8)
+    monkeypatch.setattr(torch, "npu", module, raising=False)
+    said = failure_of(3, *INFER[:-1], "npu:8")
+    assert "--device npu:8: there are only npu:0 to npu:7; npu-smi info lists" in said
+
+
+@pytest.mark.parametrize("impl", ["triton", "native"])
+@pytest.mark.parametrize("command", [INFER, ["bench-layer", "--device", "npu:3"], ["bench-e2e", "--device", "npu"]])
+def test_what_no_npu_can_run_is_the_command_lines_fault(command: list[str], impl: str) -> None:
+    """Whether torch_npu is here or not."""
+    assert "not on npu" in failure_of(2, *command, "--impl", impl)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ascends_operators_are_for_npus(device: str) -> None:
+    assert f"runs on an NPU, not on {device}" in failure_of(2, *INFER[:-1], device, "--impl", "ascend")
+
+
+def test_a_broken_torch_npu_does_not_break_other_devices(tmp_path: Path) -> None:
+    """`import torch` loads what announces itself as a backend, and fails where that fails."""
+    install(tmp_path / "site", NO_CANN, autoload=True)
+    environment = {key: value for key, value in os.environ.items() if key != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]),
+        "HSTU_HOME": str(tmp_path),
+    }
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parent.parent,
+        )
+
+    assert run("-c", "import torch").returncode != 0
+    done = run("-m", "hstu_cli", "env", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    assert "libhccl.so" in done.stdout
