@@ -141,13 +141,25 @@ def test_many_rows_on_many_threads() -> None:
     assert torch.equal(found, expected)
 
 
-@pytest.mark.native
+@pytest.mark.parametrize("impl", WITHOUT_FLASHINFER[:2])
 @pytest.mark.parametrize(("row", "slot"), [(5, 0), (-1, 0), (0, 32), (0, -1)])
-def test_native_writes_nothing_outside(row: int, slot: int) -> None:
+def test_what_is_outside_is_an_error(row: int, slot: int, impl: str) -> None:
     k, pages = torch.zeros(5, 2, 8), torch.ones(2, 2, 16, 2, 8)
     with pytest.raises(ValueError, match=r"no (row|slot) "):
-        append_to_pages(k, k, torch.tensor([0, row]), pages, torch.tensor([1, slot]), impl="native")
+        append_to_pages(k, k, torch.tensor([0, row]), pages, torch.tensor([1, slot]), impl=impl)
     assert (pages == 1).all()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("row", "slot"), [(5, 0), (-1, 0), (0, 32), (0, -1)])
+def test_triton_leaves_out_what_is_outside(row: int, slot: int) -> None:
+    device = device_of("triton")
+    k, whole = torch.zeros(5, 2, 8, device=device), torch.ones(4, 2, 16, 2, 8, device=device)
+    pages = whole[1:3]  # what lies before and behind must not change
+    places = (torch.tensor([0, row], device=device), torch.tensor([1, slot], device=device))
+    append_to_pages(k, k, places[0], pages, places[1], impl="triton")
+    assert (pages[0, :, 1] == 0).all()
+    assert int((whole == 0).sum()) == 2 * 2 * 8
 
 
 @pytest.mark.parametrize(("num_tokens", "num_new"), [(1, 1), (9, 5), (20, 20)])

@@ -185,6 +185,36 @@ def test_a_weight_that_was_written_to_or_moved_is_packed_again() -> None:
         assert is_right()
 
 
+@pytest.mark.native
+def test_a_weight_that_torch_saw_no_write_to_is_packed_again_after_forget() -> None:
+    x, weight, bias, _ = inputs((128, 64, 256), torch.bfloat16)
+    with torch.no_grad():
+        linear_silu(x, weight, bias, impl="native")
+        weight.data.zero_()
+        native.forget(weight)
+        assert torch.equal(
+            linear_silu(x, weight, bias, impl="native"),
+            torch.nn.functional.silu(bias.float()).bfloat16().expand(128, -1),
+        )
+
+
+@pytest.mark.native
+def test_weights_of_inference_mode() -> None:
+    with torch.inference_mode():
+        x, weight, bias, residual = inputs((3, 40, 24), torch.bfloat16)
+        found = linear_silu(x, weight, bias, impl="native").float()
+        assert (found - linear_silu(x, weight, bias, impl="reference").float()).abs().max() < 0.05
+        linear_residual(x, weight, residual, impl="native")
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_without_elements(dtype: torch.dtype) -> None:
+    x, weight, bias = torch.empty(4, 0, dtype=dtype), torch.empty(64, 0, dtype=dtype), torch.ones(64, dtype=dtype)
+    expected = linear_silu(x, weight, bias, impl="reference")
+    assert torch.equal(linear_silu(x, weight, bias, impl="native"), expected)
+
+
 def packs_weights() -> bool:
     return torch.ops.hstu_native.has_bf16_tiles() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

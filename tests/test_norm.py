@@ -107,6 +107,14 @@ def test_large_inputs_on_a_gpu(shape: tuple[int, int], dtype: torch.dtype) -> No
     assert_formulas(*(tensor.to("cuda") for tensor in inputs(shape, dtype)), "triton")
 
 
+@every_implementation
+def test_rows_without_elements(impl: str) -> None:
+    nothing = torch.empty(3, 0, device=device_of(impl))
+    with torch.no_grad():
+        assert layer_norm(nothing, nothing[0], nothing[0], eps=EPS, impl=impl).shape == (3, 0)
+        assert layer_norm_mul(nothing, nothing, nothing[0], nothing[0], eps=EPS, impl=impl).shape == (3, 0)
+
+
 def test_gradients_take_the_plain_road() -> None:
     leaves = [tensor.clone().requires_grad_() for tensor in inputs((5, 12), torch.float64)]
     assert torch.autograd.gradcheck(lambda x, u, w, b: layer_norm_mul(x, u, w, b, eps=EPS), leaves)

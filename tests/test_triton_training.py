@@ -74,7 +74,14 @@ def test_gradients_repeat_and_do_not_depend_on_batch_mates() -> None:
 
 
 def layer_outcome(
-    dtype: torch.dtype, rounded: torch.dtype, impl: str, *, dropout: float, recompute: str = "none", width: int = 24
+    dtype: torch.dtype,
+    rounded: torch.dtype,
+    impl: str,
+    *,
+    dropout: float,
+    recompute: str = "none",
+    width: int = 24,
+    by_columns: bool = False,
 ) -> list[torch.Tensor]:
     """Output and gradients of a small layer over sequences of 19, 0, 1 and 5 tokens, some of them candidates."""
     generator, inner = torch.Generator().manual_seed(2), 2 * 20
@@ -87,6 +94,8 @@ def layer_outcome(
         .requires_grad_()
         for shape in shapes
     ]
+    if by_columns:
+        leaves[0] = leaves[0].detach().t().contiguous().t().requires_grad_()
     grad_out = torch.randn(25, width, generator=generator).to(rounded).to(device, dtype)
     plan = plan_batch(torch.tensor([0, 19, 19, 20, 25]), torch.tensor([3, 0, 1, 0]), 25, device)
     settings = LayerSettings(2, 0.4, 50, 1e-5, dropout, 2**40 + 7, recompute, dtype)
@@ -107,6 +116,14 @@ def test_the_layer_and_its_gradients_are_the_formula(dtype: torch.dtype, dropout
         assert own.dtype == dtype
         rounding = torch.finfo(dtype).eps * true.abs().max()
         assert (own - true).abs().max() <= 2 * ((theirs - true).abs().max() + rounding)
+
+
+def test_input_that_lies_by_columns() -> None:
+    rows, columns = (
+        layer_outcome(torch.float32, torch.float32, "triton", dropout=0.3, by_columns=by_columns)
+        for by_columns in (False, True)
+    )
+    assert all(torch.equal(own, expected) for own, expected in zip(columns, rows, strict=True))
 
 
 def test_what_is_computed_again_changes_no_bit() -> None:

@@ -150,7 +150,6 @@ def test_without_a_folder_each_process_measures(choose: Callable, no_folder: Pat
     [
         OutOfResources(300_000, 232_448, "shared memory"),
         PTXASError("ptxas ran out of registers"),
-        torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("Triton Error [CUDA]: too many resources requested for launch"),
     ],
     ids=lambda error: type(error).__name__,
@@ -168,7 +167,14 @@ def test_no_configuration_fits(choose: Callable, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [RuntimeError("an illegal memory access"), TypeError("a bug")], ids=str)
+NOT_OF_THE_CHIP = (
+    RuntimeError("an illegal memory access"),
+    TypeError("a bug"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+)
+
+
+@pytest.mark.parametrize("error", NOT_OF_THE_CHIP, ids=str)
 def test_other_failures_are_not_hidden(choose: Callable, error: Exception) -> None:
     with pytest.raises(type(error), match=str(error)):
         choose(Sleeper({FAST: error}))

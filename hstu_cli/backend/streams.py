@@ -193,6 +193,9 @@ class StreamBackend(Backend):
         return torch.zeros(*shape, dtype=dtype, pin_memory=True)
 
 
+DISTRIBUTIONS = {"yaml": "pyyaml", "pkg_resources": "setuptools", "attr": "attrs", "google": "protobuf"}
+"""What to install for a module of another name, of those that torch_npu and CANN's Python parts import."""
+
 HOST_REGISTER_PORTABLE = 1
 """A flag of cudaHostRegister: the memory is pinned for every GPU."""
 
@@ -283,7 +286,8 @@ class NpuBackend(StreamBackend):
             importlib.import_module("torch_npu")  # registers torch.npu
         except ModuleNotFoundError as error:
             if error.name != "torch_npu":
-                return f"torch_npu does not load ({error}); install what it lacks: pip install {error.name}."
+                package = DISTRIBUTIONS.get(str(error.name).partition(".")[0], str(error.name).partition(".")[0])
+                return f"torch_npu does not load ({error}); install what it lacks: pip install {package}."
             return (
                 "torch_npu is not installed; install Ascend's CANN toolkit, then: "
                 f"pip install 'torch_npu=={_release(torch.__version__)}.*' (docs/npu.md)."

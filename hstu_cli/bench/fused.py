@@ -94,7 +94,7 @@ def peak_flops(session: BenchSession) -> tuple[float, str]:
         for preset in HARDWARE_PRESETS.values():
             if preset.matches(session.backend.device_name):
                 return preset.peak_bf16_tflops * 1e12, f"data sheet of {preset.name.upper()}, dense"
-    return session.ceilings.flops_per_s, "large matrix product, measured in this run"
+    return session.ceilings.matmul_flops_per_s, "large matrix product, measured before the cases"
 
 
 def _measured_rows(

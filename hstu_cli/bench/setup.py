@@ -41,7 +41,7 @@ def build_cache(
     needed = sum(-(-tokens // options.page_size) for tokens in source.history_tokens_by_user(config))
     num_pages = options.num_pages
     if num_pages is None:
-        num_pages = max(1, min(needed, int(backend.cache_memory_share * backend.memory_bytes) // page_bytes))
+        num_pages = max(1, min(needed, int(backend.cache_memory_share * backend.available_memory_bytes) // page_bytes))
     host_bytes = options.host_bytes
     if host_bytes is None:
         spill = max(0, needed - num_pages) * page_bytes

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from hstu_cli.config import KUAIRAND_TIMEZONE
-from hstu_cli.errors import HstuError, UsageError
+from hstu_cli.errors import HstuError, RunError, UsageError
 
 EXIT_INTERRUPTED = 130
 
@@ -35,7 +35,7 @@ Impl = Annotated[
     str, typer.Option(help="Implementation of the operators: auto, reference, blocked, native, triton or ascend.")
 ]
 AppendImpl = Annotated[
-    str, typer.Option(help="What writes new keys and values into pages: auto, triton, flashinfer or torch.")
+    str, typer.Option(help="What writes new keys and values into pages: auto, triton, flashinfer, native or torch.")
 ]
 Embedding = Annotated[str, typer.Option(help="What looks embeddings up: auto (torch), torch, torchrec or dynamicemb.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
@@ -62,22 +62,34 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of 
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command its ending: a known error is one message and its exit code, Ctrl-C is 130."""
+    """Give a command its ending: a known error, or lack of memory, is one message and its exit code; Ctrl-C is 130."""
 
     @functools.wraps(function)
     def run(**options: Any) -> None:
         try:
             function(**options)
-        except HstuError as error:
+        except (HstuError, MemoryError, RuntimeError) as error:
+            known = error if isinstance(error, HstuError) else _out_of_memory(error)
+            if known is None:
+                raise
             if options.get("verbose"):
                 traceback.print_exc()
-            typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
-            raise typer.Exit(error.exit_code) from error
+            typer.secho(f"Error: {known}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(known.exit_code) from error
         except KeyboardInterrupt as interrupt:
             typer.echo("Interrupted.", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from interrupt
 
     return run
+
+
+def _out_of_memory(error: MemoryError | RuntimeError) -> RunError | None:
+    """What to tell of an allocator's error; None of any other. By its name: torch may not be loaded."""
+    says_so = "can't allocate memory" in str(error)
+    if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or says_so):
+        return None
+    what = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return RunError(f"Memory did not suffice ({what}). Take a smaller batch, cache or model, or another device.")
 
 
 MOST_COUNT = 1_000_000

@@ -52,7 +52,8 @@ def append_to_pages(
     pages: [num_pages, 2, page_size, heads, head_dim] of one layer; slots: [n] int64, each a page id
     times page_size plus the place in the page, all different but for those that are never read.
     impl: a name from `APPEND_IMPLEMENTATIONS`, as of `choose_append_impl`.
-    Raises ValueError where shapes, dtypes or devices do not fit.
+    Raises ValueError where shapes, dtypes or devices do not fit, and for a row or slot that is none where these are on
+    the host; on a device Triton's kernel leaves such ones out.
     """
     if k.shape != v.shape or pages.shape[1:2] + pages.shape[3:] != (2, *k.shape[1:]) or rows.shape != slots.shape:
         raise ValueError(
@@ -61,6 +62,8 @@ def append_to_pages(
         )
     if {k.dtype, v.dtype} != {pages.dtype} or len({t.device for t in (k, v, rows, pages, slots)}) > 1:
         raise ValueError("k, v and pages must have one dtype, and all arguments one device")
+    if rows.device.type == "cpu" and impl in ("torch", "flashinfer") and len(rows):  # the native operator looks itself
+        _check_places(rows, len(k), slots, pages.shape[0] * pages.shape[2])
     match impl:
         case "torch":
             from hstu_cli.kernels.append_pages.reference import append
@@ -73,6 +76,13 @@ def append_to_pages(
         case _:
             raise ValueError(f"impl must be one of {', '.join(APPEND_IMPLEMENTATIONS)}, not {impl!r}")
     append(k, v, rows, pages, slots)
+
+
+def _check_places(rows: torch.Tensor, num_rows: int, slots: torch.Tensor, num_slots: int) -> None:
+    for name, places, count in (("row", rows, num_rows), ("slot", slots, num_slots)):
+        least, most = (int(value) for value in places.aminmax())
+        if least < 0 or most >= count:
+            raise ValueError(f"there is no {name} {least if least < 0 else most}: there are {count}")
 
 
 def _why_not(name: str, device_type: str, dtype: torch.dtype, head_dim: int | None) -> str | None:

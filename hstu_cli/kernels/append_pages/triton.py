@@ -27,17 +27,19 @@ def append_pages_kernel(
     page_value,
     page_token,
     page_head,
+    num_tokens,
+    num_slots,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Copies one row of k and v to its slot; see `append_to_pages`. A slot below 0 is padding and takes nothing."""
+    """Copies one row of k and v to its slot; see `append_to_pages`. A slot or row that there is not is left out."""
     slot = tl.load(slots_ptr + tl.program_id(0))
-    if slot < 0:
-        return
     row = tl.load(rows_ptr + tl.program_id(0)).to(tl.int64)
+    if (slot < 0) | (slot >= num_slots) | (row < 0) | (row >= num_tokens):
+        return
     head = tl.arange(0, BLOCK_H)[:, None].to(tl.int64)
     column = tl.arange(0, BLOCK_D)[None, :]
     inside = (head < NUM_HEADS) & (column < HEAD_DIM)
@@ -49,7 +51,7 @@ def append_pages_kernel(
 
 
 def append(k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> None:
-    """See `append_to_pages`; a slot below 0 is skipped, so that a captured graph can be padded.
+    """See `append_to_pages`; a slot outside the pages is skipped, so that a captured graph can be padded.
 
     Raises ValueError for pages whose last dimension is not contiguous.
     """
@@ -68,6 +70,8 @@ def append(k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, pages: torch.Te
             *k.stride()[:2],
             *v.stride()[:2],
             *pages.stride()[:4],
+            len(k),
+            pages.shape[0] * pages.shape[2],
             **_constants(*k.shape[1:], pages.shape[2]),
             num_warps=NUM_WARPS,
         )
@@ -82,7 +86,7 @@ def aot_specs(chip: int) -> list[AotSpec]:
             signature={
                 **dict.fromkeys(("k_ptr", "v_ptr", "pages_ptr"), f"*{type_name(dtype)}"),
                 **dict.fromkeys(("rows_ptr", "slots_ptr"), "*i64"),
-                **dict.fromkeys(strides, "i32"),
+                **dict.fromkeys((*strides, "num_tokens", "num_slots"), "i32"),
             },
             constexprs=_constants(4, 256, page_size=32),
             num_warps=NUM_WARPS,

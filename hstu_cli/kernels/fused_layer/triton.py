@@ -50,7 +50,7 @@ def layer_norm_gradients(
     residual: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `Pieces`."""
-    grad_x = torch.empty_like(x)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     sums = _norm_gradients(grad, x, None, weight, bias, mean, scale, residual.contiguous(), grad_x, None, None, None)
     return grad_x, *sums
 
@@ -67,7 +67,7 @@ def norm_mul_dropout_gradients(
     settings: LayerSettings,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `Pieces`."""
-    gated, grad_o = torch.empty_like(o), torch.empty_like(o)
+    gated, grad_o = (torch.empty_like(o, memory_format=torch.contiguous_format) for _ in range(2))
     sums = _norm_gradients(grad, o, u, weight, bias, mean, scale, None, grad_o, grad_u, gated, settings)
     return gated, grad_o, *sums
 

@@ -17,20 +17,21 @@ from hstu_cli.kernels.linear import reference
 class _Packed:
     """A packed weight, and the state of the tensor that it was made from."""
 
-    address: int
-    version: int
+    state: tuple[object, ...]
     weight: torch.Tensor
-
-    def is_of(self, weight: torch.Tensor) -> bool:
-        return (self.address, self.version) == (weight.data_ptr(), weight._version)
 
 
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> _Packed, as long as the weight lives
 
 
+def forget(weight: torch.Tensor) -> None:
+    """Pack this weight anew at its next use, after a write that torch does not count, as one through `weight.data`."""
+    _packed.pop(weight, None)
+
+
 def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """See `hstu_cli.kernels.linear.linear_silu`."""
-    if x.dtype != torch.bfloat16 or len(x) == 0:
+    if x.dtype != torch.bfloat16 or x.numel() == 0:
         return reference.linear_silu(x, weight, bias)
     if torch.ops.hstu_native.has_bf16_tiles():
         return torch.ops.hstu_native.linear_silu(x, _packed_weight(weight, torch.ops.hstu_native.pack_weight), bias)
@@ -42,7 +43,7 @@ def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """See `hstu_cli.kernels.linear.linear_residual`."""
-    if x.dtype != torch.bfloat16 or len(x) == 0:
+    if x.dtype != torch.bfloat16 or x.numel() == 0:
         return reference.linear_residual(x, weight, residual)
     if torch.ops.hstu_native.has_bf16_tiles():
         packed = _packed_weight(weight, torch.ops.hstu_native.pack_weight)
@@ -55,7 +56,10 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tenso
 
 def _packed_weight(weight: torch.Tensor, pack: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The weight as its product wants it; packed again where it was written to or moved."""
+    # Tensors of inference mode count no writes; what is written to them is seen after `forget` alone.
+    version = None if weight.is_inference() else weight._version
+    state = (weight.data_ptr(), version, weight.shape, weight.stride())
     packed = _packed.get(weight)
-    if packed is None or not packed.is_of(weight):
-        _packed[weight] = packed = _Packed(weight.data_ptr(), weight._version, pack(weight.detach()))
+    if packed is None or packed.state != state:
+        _packed[weight] = packed = _Packed(state, pack(weight.detach()))
     return packed.weight

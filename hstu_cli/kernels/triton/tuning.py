@@ -257,7 +257,9 @@ def _launch_errors() -> tuple[type[Exception], ...]:
 
 def _lacks_resources(error: Exception) -> bool:
     """Whether a configuration failed because the device is too small for it, and others may not."""
-    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError):
+        return False  # of this moment, not of this chip
+    if isinstance(error, RuntimeError):
         return any(part in str(error) for part in NO_RESOURCES)
     return True
 

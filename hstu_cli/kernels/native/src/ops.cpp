@@ -81,6 +81,7 @@ at::Tensor paged_attention(
   check_like(q_any, v_any);
   const at::Tensor q = last_contiguous(q_any), k = last_contiguous(k_any), v = last_contiguous(v_any);
   at::Tensor pages;
+  TORCH_CHECK_VALUE(pages_any.has_value() == !page_indptr.empty(), "pages and their tables come together");
   if (pages_any) {
     TORCH_CHECK_VALUE(
         pages_any->dim() == 5 && pages_any->size(1) == 2 && pages_any->scalar_type() == q.scalar_type() &&
@@ -135,6 +136,7 @@ at::Tensor norm(
     u = last_contiguous(*u_any);
   }
   at::Tensor out = at::empty(x.sizes(), x.options());
+  if (!out.numel()) return out;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "layer_norm", [&] {
     layer_norm<scalar_t>(
         x.const_data_ptr<scalar_t>(), x.stride(0), u.defined() ? u.const_data_ptr<scalar_t>() : nullptr,
@@ -152,6 +154,8 @@ void append(
   TORCH_CHECK_VALUE(
       rows.scalar_type() == at::kLong && slots.scalar_type() == at::kLong && rows.sizes() == slots.sizes(),
       "rows and slots must be int64");
+  TORCH_CHECK_VALUE(rows.is_cpu() && slots.is_cpu(), "rows and slots must be on the CPU");
+  TORCH_CHECK_VALUE(k.dim() == 3 && k.sizes() == v.sizes(), "k and v must be [tokens, heads, head_dim] alike");
   const at::Tensor from = rows.contiguous(), to = slots.contiguous();
   const int64_t *row = from.const_data_ptr<int64_t>(), *slot = to.const_data_ptr<int64_t>();
   const int64_t page_size = pages.size(2), count = from.numel();

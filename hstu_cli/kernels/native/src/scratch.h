@@ -22,8 +22,10 @@ inline char* scratch(size_t bytes) {
   static thread_local size_t size = 0;
   if (size < bytes) {
     memory.reset();
-    size = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    memory.reset(static_cast<char*>(::operator new[](size, std::align_val_t(HUGE_PAGE))));
+    size = 0;  // until the memory is there
+    const size_t rounded = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    memory.reset(static_cast<char*>(::operator new[](rounded, std::align_val_t(HUGE_PAGE))));
+    size = rounded;
 #ifdef __linux__
     madvise(memory.get(), size, MADV_HUGEPAGE);  // small pages meet in the same sets of the second-level cache
 #endif
