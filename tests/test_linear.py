@@ -192,10 +192,9 @@ def test_a_weight_that_torch_saw_no_write_to_is_packed_again_after_forget() -> N
         linear_silu(x, weight, bias, impl="native")
         weight.data.zero_()
         native.forget(weight)
-        assert torch.equal(
-            linear_silu(x, weight, bias, impl="native"),
-            torch.nn.functional.silu(bias.float()).bfloat16().expand(128, -1),
-        )
+        found = linear_silu(x, weight, bias, impl="native").float()
+    expected = torch.nn.functional.silu(bias.float())
+    assert ((found - expected).abs() <= torch.finfo(torch.bfloat16).eps * expected.abs()).all()
 
 
 @pytest.mark.native
