@@ -2,17 +2,16 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <atomic>
 #include <cmath>
 #include <memory>
-#include <type_traits>
 
 #include "matrix_attention.h"
 #include "plan.h"
 #include "scratch.h"
 #include "vector_attention.h"
+#include "vectors.h"
 
 namespace hstu {
 
@@ -65,7 +64,8 @@ class Worker {
   // Adds the parts of a head's rows up, always in the same order, and writes the rows. first: the task of part 0.
   void combine(const Task& first, int64_t head) {
     const int64_t head_sums = first.padded_rows() * tiles_.sums_per_row();
-    const real_t* part = partial_sums_ + first.sums_offset * tiles_.sums_per_row() + (head - first.head_begin) * head_sums;
+    const real_t* part =
+        partial_sums_ + first.sums_offset * tiles_.sums_per_row() + (head - first.head_begin) * head_sums;
     std::copy(part, part + head_sums, sums_);
     for (int64_t i = 1; i < first.num_parts; ++i) {
       part += first.num_heads() * head_sums;
@@ -77,13 +77,11 @@ class Worker {
   }
 
  private:
-  static constexpr int64_t MOST_KEYS = 256;
-
   void carve(Carver& carver, int64_t num_heads) {
     tiles_.carve(carver, num_heads);
     carver.take(sums_, QUERY_ROWS * tiles_.sums_per_row());
     carver.take(row_, tiles_.sums_per_row());
-    carver.take(key_rows_, MOST_KEYS);
+    carver.take(key_rows_, tiles_t::MOST_KEYS);
   }
 
   void find_rows(const Sequence& s, int64_t head, int64_t begin, int64_t end) {
@@ -113,12 +111,7 @@ class Worker {
         row_[c] *= scale;
       }
       if (row >= s.num_new - s.num_candidates) add_own_value(token, head);
-      scalar_t* out = batch_.out + (token * batch_.num_heads + head) * d;
-      if constexpr (std::is_same_v<scalar_t, real_t>) {
-        std::copy(row_, row_ + d, out);
-      } else {
-        at::vec::convert<real_t, scalar_t>(row_, out, d);
-      }
+      narrow(row_, d, batch_.out + (token * batch_.num_heads + head) * d);
     }
   }
 

@@ -15,7 +15,7 @@ class MatrixTiles {
   using scalar_type = bf16;
   using sum_type = float;
   using session_type = TileSession;
-  static constexpr int64_t MAX_HEADS = 16;
+  static constexpr int64_t MAX_HEADS = 16, MOST_KEYS = 256;
 
   MatrixTiles(int64_t head_dim, double alpha)
       : head_dim_(head_dim),
@@ -24,11 +24,11 @@ class MatrixTiles {
         minus_alpha_log2e_(_mm512_set1_ps(static_cast<float>(-alpha * 1.4426950408889634))) {}
 
   void carve(Carver& carver, int64_t num_heads) {
-    const int64_t loaded = std::max(num_heads * MANY_HEADS_KEYS, ONE_HEAD_KEYS) * width_;
+    const int64_t loaded = std::max(num_heads * MANY_HEADS_KEYS, MOST_KEYS) * width_;
     carver.take(queries_, QUERY_ROWS * width_);
     carver.take(keys_, loaded);
     carver.take(values_, loaded);
-    carver.take(weights_, 2 * ONE_HEAD_KEYS / STEP * TILE);
+    carver.take(weights_, 2 * MOST_KEYS / STEP * TILE);
     carver.take(scores_, 2 * 4 * SUM_TILE);
     carver.take(pairs_, 2 * SUM_TILE);
   }
@@ -36,9 +36,7 @@ class MatrixTiles {
   int64_t sums_per_row() const { return width_; }
 
   // How many keys to load next. More need fewer passes over the sums, but must stay in the second-level cache.
-  int64_t num_chunk_keys(int64_t num_heads) const {
-    return num_heads == 1 ? ONE_HEAD_KEYS : MANY_HEADS_KEYS;
-  }
+  int64_t num_chunk_keys(int64_t num_heads) const { return num_heads == 1 ? MOST_KEYS : MANY_HEADS_KEYS; }
 
   template <typename row_t>
   void load_queries(int64_t slot, int64_t num_rows, int64_t padded_rows, const row_t& row) {
@@ -100,7 +98,7 @@ class MatrixTiles {
   }
 
  private:
-  static constexpr int64_t ONE_HEAD_KEYS = 256, MANY_HEADS_KEYS = 160;
+  static constexpr int64_t MANY_HEADS_KEYS = 160;
 
   // A key of each head as a row of left operands.
   void load_key(const KeyRow<bf16>& row, int64_t num_heads, bf16* tile) const {
@@ -215,8 +213,8 @@ class MatrixTiles {
   int64_t slot_queries_ = 0, slot_keys_ = 0, key_steps_ = 0;
   // Tiles: [slots][rows / 16][steps]; the same of keys; [slots][2 steps][key steps]; [2][key steps].
   bf16 *queries_, *keys_, *values_, *weights_;
-  float* scores_;                               // two blocks, [2][2 x 2 tiles]
-  uint32_t* pairs_;                             // [2][16 pairs of keys][16 rows]
+  float* scores_;    // of two blocks, [2][2 x 2 tiles]
+  uint32_t* pairs_;  // [2][16 pairs of keys][16 rows]
 };
 
 }  // namespace hstu

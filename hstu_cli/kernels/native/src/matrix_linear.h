@@ -174,7 +174,8 @@ void linear(
   constexpr int64_t GROUP_ROWS = 512, TASKS_PER_THREAD = 8;
   const int64_t threads = at::get_num_threads(), least = (rows + GROUP_ROWS - 1) / GROUP_ROWS;
   // As many groups for each thread; of a single one all threads take some columns.
-  const int64_t groups = least == 1 ? 1 : round_up(least, threads), group_rows = round_up((rows + groups - 1) / groups, 32);
+  const int64_t groups = least == 1 ? 1 : round_up(least, threads);
+  const int64_t group_rows = round_up((rows + groups - 1) / groups, 32);
   const int64_t parts = groups > 1 ? 1 : std::clamp<int64_t>(TASKS_PER_THREAD * threads, 1, weight.blocks());
   const int64_t part_blocks = (weight.blocks() + parts - 1) / parts;
   std::atomic<int64_t> next{0};

@@ -1,10 +1,11 @@
-// Attention of one thread in the matrix units of x86 (AMX): bf16 tiles of 16 rows by 64 bytes, float32 sums.
+// The matrix units of x86 (AMX): bf16 tiles of 16 rows by 64 bytes, products of them in float32, rows as tiles.
 //
 // Operands lie tile behind tile, 1 KB each, in the order in which they are used: no power of two between the rows of a
 // tile, and every load continues the last one. A block is 32 x 32 results, four tiles of sums in registers.
 #pragma once
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(CPU_CAPABILITY_AVX512) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512) && \
+    defined(__linux__)
 #define HSTU_MATRIX_TILES
 
 #include <ATen/cpu/vec/vec.h>

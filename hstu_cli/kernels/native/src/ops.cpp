@@ -103,7 +103,9 @@ at::Tensor paged_attention(
     }
   }
   std::vector<Sequence> sequences = sequences_of(q, offsets, num_candidates, page_indptr, page_ids, cached_lengths);
-  auto call = [&]<typename tiles_t>() { return run<tiles_t>(q, k, v, std::move(sequences), pages, alpha, scaling_seqlen); };
+  auto call = [&]<typename tiles_t>() {
+    return run<tiles_t>(q, k, v, std::move(sequences), pages, alpha, scaling_seqlen);
+  };
   switch (q.scalar_type()) {
     case at::kBFloat16:
 #ifdef HSTU_MATRIX_TILES
@@ -128,7 +130,8 @@ at::Tensor norm(
   const at::Tensor x = last_contiguous(x_any), weight = weight_any.contiguous(), bias = bias_any.contiguous();
   const int64_t width = x.size(1);
   for (const at::Tensor& parameter : {weight, bias}) {
-    TORCH_CHECK_VALUE(parameter.numel() == width && parameter.scalar_type() == x.scalar_type(), "parameters not like x");
+    const bool fits = parameter.numel() == width && parameter.scalar_type() == x.scalar_type();
+    TORCH_CHECK_VALUE(fits, "weight and bias must be like a row of x");
   }
   at::Tensor u;
   if (u_any) {
@@ -224,7 +227,7 @@ at::Tensor run_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_t
   const at::Tensor x = last_contiguous(x_any);
   const PackedWeight weight{out_width, x.size(1)};
   TORCH_CHECK_VALUE(
-      packed.numel() == weight.size() && packed.scalar_type() == at::kBFloat16, "the weight is packed for other widths");
+      packed.numel() == weight.size() && packed.scalar_type() == at::kBFloat16, "weight packed for other widths");
   at::Tensor y = at::empty({x.size(0), out_width}, x.options());
   if (y.numel()) {
     linear(

@@ -8,33 +8,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <vector>
+
+#include "vectors.h"
 
 namespace hstu {
 
 constexpr int64_t ROW_GRAIN = 1 << 15;  // elements that are worth waking a thread
-
-template <typename scalar_t>
-using wide_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-
-template <typename scalar_t>
-void widen(const scalar_t* x, int64_t width, wide_t<scalar_t>* wide) {
-  if constexpr (std::is_same_v<scalar_t, wide_t<scalar_t>>) {
-    std::copy(x, x + width, wide);
-  } else {
-    at::vec::convert<scalar_t, float>(x, wide, width);
-  }
-}
-
-template <typename scalar_t>
-void narrow(const wide_t<scalar_t>* wide, int64_t width, scalar_t* x) {
-  if constexpr (std::is_same_v<scalar_t, wide_t<scalar_t>>) {
-    std::copy(wide, wide + width, x);
-  } else {
-    at::vec::convert<float, scalar_t>(wide, x, width);
-  }
-}
 
 // The sum of f(x) over a row; lanes behind its end add nothing.
 template <typename real_t, typename f_t>
@@ -95,7 +75,8 @@ void layer_norm(
 // Copies rows of `bytes` each: source(i) to target(i).
 template <typename source_t, typename target_t>
 void copy_rows(int64_t count, int64_t bytes, const source_t& source, const target_t& target) {
-  at::parallel_for(0, count, std::max<int64_t>(1, 4 * ROW_GRAIN / std::max<int64_t>(bytes, 1)), [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, 4 * ROW_GRAIN / std::max<int64_t>(bytes, 1));
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       std::memcpy(target(i), source(i), bytes);
     }

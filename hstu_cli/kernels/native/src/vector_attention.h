@@ -96,7 +96,7 @@ class VectorTiles {
   using scalar_type = scalar_t;
   using sum_type = real_t;
   struct session_type {};
-  static constexpr int64_t MAX_HEADS = 1;
+  static constexpr int64_t MAX_HEADS = 1, MOST_KEYS = 256;
 
   VectorTiles(int64_t head_dim, double alpha)
       : head_dim_(head_dim), width_(round_up(head_dim, PANEL)), alpha_(static_cast<real_t>(alpha)) {}
@@ -104,8 +104,8 @@ class VectorTiles {
   void carve(Carver& carver, int64_t /*num_heads*/) {
     carver.take(queries_, BLOCK_ROWS * width_);
     carver.take(queries_transposed_, QUERY_ROWS * width_);
-    carver.take(keys_, CHUNK_KEYS * ld_keys());
-    carver.take(values_, CHUNK_KEYS * width_);
+    carver.take(keys_, MOST_KEYS * ld_keys());
+    carver.take(values_, MOST_KEYS * width_);
     carver.take(scores_, STRIP_KEYS * LD_SCORES);
     carver.take(weights_, BLOCK_ROWS * LD_WEIGHTS);
   }
@@ -113,7 +113,7 @@ class VectorTiles {
   // Rows get a vector more than they hold: at powers of two they would meet in the same cache sets.
   int64_t sums_per_row() const { return width_ + 16; }
 
-  int64_t num_chunk_keys(int64_t /*num_heads*/) const { return CHUNK_KEYS; }
+  int64_t num_chunk_keys(int64_t /*num_heads*/) const { return MOST_KEYS; }
 
   template <typename row_t>
   void load_queries(int64_t /*slot*/, int64_t num_rows, int64_t padded_rows, const row_t& row) {
@@ -134,7 +134,7 @@ class VectorTiles {
     for (int64_t j = 0; j < padded_keys_; ++j) {
       const scalar_t* value = j < count ? rows[j].value : nullptr;
       for (int64_t c = 0; c < width_; c += PANEL) {
-        load_part<PANEL>(part_of(value, c), value ? head_dim_ - c : 0, values_ + c * CHUNK_KEYS + j * PANEL);
+        load_part<PANEL>(part_of(value, c), value ? head_dim_ - c : 0, values_ + c * MOST_KEYS + j * PANEL);
       }
     }
   }
@@ -150,7 +150,7 @@ class VectorTiles {
         weigh(row, rows, j, std::min(STRIP_KEYS, keys - j), diagonal);
       }
       multiply_panels(
-          rows, width_, keys, weights_, LD_WEIGHTS, values_, CHUNK_KEYS, sums + row * sums_per_row(), sums_per_row(),
+          rows, width_, keys, weights_, LD_WEIGHTS, values_, MOST_KEYS, sums + row * sums_per_row(), sums_per_row(),
           true);
     }
   }
@@ -161,8 +161,8 @@ class VectorTiles {
   }
 
  private:
-  static constexpr int64_t CHUNK_KEYS = 256, STRIP_KEYS = 128, BLOCK_ROWS = 32;
-  static constexpr int64_t LD_WEIGHTS = CHUNK_KEYS + 32, LD_SCORES = BLOCK_ROWS + 16;
+  static constexpr int64_t STRIP_KEYS = 128, BLOCK_ROWS = 32;
+  static constexpr int64_t LD_WEIGHTS = MOST_KEYS + 32, LD_SCORES = BLOCK_ROWS + 16;
 
   // The weights of a block of rows and a strip of keys. Zeros stand behind the last key: so are its weights.
   void weigh(int64_t row, int64_t rows, int64_t first_key, int64_t keys, int64_t diagonal) {

@@ -1,9 +1,10 @@
-// What tiles of vectors need beyond ATen's vectors: blocks transposed in registers, and SiLU at their speed.
+// What rows and tiles need beyond ATen's vectors: dtypes changed, blocks transposed in registers, SiLU at their speed.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -12,6 +13,28 @@
 #endif
 
 namespace hstu {
+
+// What is computed with: float, or double for double.
+template <typename scalar_t>
+using wide_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+template <typename scalar_t>
+void widen(const scalar_t* x, int64_t width, wide_t<scalar_t>* wide) {
+  if constexpr (std::is_same_v<scalar_t, wide_t<scalar_t>>) {
+    std::copy(x, x + width, wide);
+  } else {
+    at::vec::convert<scalar_t, float>(x, wide, width);
+  }
+}
+
+template <typename scalar_t>
+void narrow(const wide_t<scalar_t>* wide, int64_t width, scalar_t* x) {
+  if constexpr (std::is_same_v<scalar_t, wide_t<scalar_t>>) {
+    std::copy(wide, wide + width, x);
+  } else {
+    at::vec::convert<float, scalar_t>(wide, x, width);
+  }
+}
 
 #if defined(CPU_CAPABILITY_AVX512)
 // 16 x 16 elements of 32 bits: target[j][i] = source[i][j].
