@@ -50,10 +50,7 @@ class Worker {
     for (int64_t begin = task.key_begin, end; begin < task.key_end; begin = end) {
       end = std::min(begin + tiles_.num_chunk_keys(task.num_heads()), task.key_end);
       find_rows(s, task.head_begin, begin, end);
-      tiles_.load(key_rows_, end - begin, task.num_heads());
-      for (int64_t slot = 0; slot < task.num_heads(); ++slot) {
-        tiles_.attend(slot, rows, begin - own_key, sums + slot * head_sums);
-      }
+      tiles_.attend(key_rows_, end - begin, task.num_heads(), rows, begin - own_key, sums);
     }
     if (task.num_parts > 1) return;
     for (int64_t slot = 0; slot < task.num_heads(); ++slot) {
