@@ -49,15 +49,16 @@ class MatrixTiles {
     }
   }
 
-  // sums [heads, rows, width] += SiLU(q k') v over these keys; row i sees those with diagonal + key <= i.
-  void attend(
-      const KeyRow<bf16>* rows, int64_t count, int64_t num_heads, int64_t padded_rows, int64_t diagonal, float* sums) {
-    key_steps_ = (count + STEP - 1) / STEP;
+  // sums [heads, rows, width] = SiLU(q k') v over these keys, or that is added; row i sees those with
+  // diagonal + key <= i.
+  void attend(const Keys<bf16>& keys, int64_t padded_rows, int64_t diagonal, float* sums, bool add) {
+    key_steps_ = (keys.count + STEP - 1) / STEP;
     padded_rows_ = padded_rows;
     diagonal_ = diagonal;
-    find_keys(rows, count, num_heads);
+    find_keys(keys.rows, keys.count, keys.num_heads);
+    ahead_ = Ahead(keys.rows, keys.count, &KeyRow<bf16>::value, keys.num_heads * head_dim_);
     Block last;
-    for (int64_t head = 0; head < num_heads; ++head) {
+    for (int64_t head = 0; head < keys.num_heads; ++head) {
       for (int64_t row = 0; row < padded_rows; row += ROW_STEP) {
         const int64_t key_steps = num_seen(row);
         for (int64_t step = 0; step < key_steps; ++step) {
@@ -68,20 +69,35 @@ class MatrixTiles {
         }
       }
     }
-    if (!last.exists) return;
-    for (int64_t pair = 0; pair < 16; ++pair) weigh<true>(last, pair);
+    for (int64_t pair = 0; pair < 16 && last.exists; ++pair) weigh<true>(last, pair);
     settle(last);
-    for (int64_t head = 0; head < num_heads; ++head) {
-      load_values(rows, count, head);
+    ahead_ = Ahead(keys.next_rows, keys.next_count, &KeyRow<bf16>::key, keys.num_heads * head_dim_);
+    for (int64_t head = 0; head < keys.num_heads; ++head) {
+      load_values(keys.rows, keys.count, head);
       for (int64_t row = 0; row < padded_rows; row += ROW_STEP) {
-        add_values(head, row, sums + (head * padded_rows + row) * width_);
+        add_values(head, row, sums + (head * padded_rows + row) * width_, add);
       }
     }
   }
 
+  // Row i of sums times a factor as a row of results; false where only read_row can.
+  bool write_row(const float* sums, int64_t i, float factor, bf16* out) const {
+    if (head_dim_ != width_) return false;
+    const float* tile = row_of(sums, i);
+    const __m512 scale = _mm512_set1_ps(factor);
+    for (int64_t step = 0; step < steps_; ++step) {
+      const __m512 even = _mm512_mul_ps(_mm512_loadu_ps(tile + 2 * step * SUM_TILE), scale);
+      const __m512 odd = _mm512_mul_ps(_mm512_loadu_ps(tile + (2 * step + 1) * SUM_TILE), scale);
+      const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(even)));
+      const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(odd)));
+      _mm512_storeu_si512(out + step * STEP, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+    return true;
+  }
+
   // Row i of sums, its channels in order: [width].
   void read_row(const float* sums, int64_t i, float* row) const {
-    const float* tile = sums + i / 16 * width_ * 16 + i % 16 * 16;
+    const float* tile = row_of(sums, i);
     const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     for (int64_t step = 0; step < steps_; ++step) {
@@ -94,6 +110,32 @@ class MatrixTiles {
 
  private:
   static constexpr int64_t MANY_HEADS_KEYS = 160;
+
+  // Rows that are needed soon, brought closer line by line: one at a time beside a tile product costs nothing, more make
+  // the products wait for their operands.
+  class Ahead {
+   public:
+    Ahead() = default;
+    Ahead(const KeyRow<bf16>* rows, int64_t count, const bf16* KeyRow<bf16>::*part, int64_t elements)
+        : row_(rows), last_(rows + count), part_(part), bytes_(elements * 2) {}
+
+    void fetch() {
+      if (row_ == last_) return;
+      _mm_prefetch(reinterpret_cast<const char*>(row_->*part_) + at_, _MM_HINT_T1);
+      at_ += 64;
+      if (at_ < bytes_) return;
+      at_ = 0;
+      ++row_;
+    }
+
+   private:
+    const KeyRow<bf16> *row_ = nullptr, *last_ = nullptr;
+    const bf16* KeyRow<bf16>::*part_ = nullptr;
+    int64_t at_ = 0, bytes_ = 0;
+  };
+
+  // Where a row begins in its first tile.
+  const float* row_of(const float* sums, int64_t i) const { return sums + i / 16 * width_ * 16 + i % 16 * 16; }
 
   // 2 x 16 keys of a head as left operands: keys so many bytes and steps of channels so many elements apart.
   struct Left {
@@ -199,11 +241,17 @@ class MatrixTiles {
     };
     zero_sums();
     if (!last.exists) {
-      add([](int64_t) {});
+      add([&](int64_t) { ahead_.fetch(); });
     } else if (last.shift + STEP - 1 > 0) {
-      add([&](int64_t i) { weigh_part<true>(i, 2 * steps, last); });
+      add([&](int64_t i) {
+        weigh_part<true>(i, 2 * steps, last);
+        ahead_.fetch();
+      });
     } else {
-      add([&](int64_t i) { weigh_part<false>(i, 2 * steps, last); });
+      add([&](int64_t i) {
+        weigh_part<false>(i, 2 * steps, last);
+        ahead_.fetch();
+      });
     }
     store_sums(scores_ + block.parity * 4 * SUM_TILE, 2 * SUM_TILE);
   }
@@ -245,14 +293,19 @@ class MatrixTiles {
 
   bf16* weights_of(int64_t head, int64_t row) { return weights_ + (head * padded_rows_ + row) * key_steps_ * STEP; }
 
-  // sums of 32 rows += weights values.
-  void add_values(int64_t head, int64_t row, float* sums) {
+  // sums of 32 rows = weights values, or these are added.
+  void add_values(int64_t head, int64_t row, float* sums, bool add) {
     const int64_t key_steps = num_seen(row), below = 16 * width_, right = right_values();
     const bf16* weights = weights_of(head, row);
-    for (int64_t tile = 0; tile < 2 * steps_ && key_steps; tile += 2) {
-      load_sums(sums + tile * SUM_TILE, below);
+    for (int64_t tile = 0; tile < 2 * steps_ && (key_steps || !add); tile += 2) {
+      if (add) {
+        load_sums(sums + tile * SUM_TILE, below);
+      } else {
+        zero_sums();
+      }
       add_products(
-          key_steps, weights, weights + key_steps_ * TILE, values_ + tile * right, values_ + (tile + 1) * right);
+          key_steps, weights, weights + key_steps_ * TILE, values_ + tile * right, values_ + (tile + 1) * right,
+          [&](int64_t) { ahead_.fetch(); });
       store_sums(sums + tile * SUM_TILE, below);
     }
   }
@@ -262,6 +315,7 @@ class MatrixTiles {
   int64_t key_steps_ = 0, padded_rows_ = 0, diagonal_ = 0;
   // Tiles: [heads][rows / 16][steps]; copied keys, the same; of one head [2 steps][key steps]; [heads][rows / 16][key steps].
   bf16 *queries_, *keys_, *values_, *weights_;
+  Ahead ahead_;
   Left* left_;       // [heads][key steps]
   float* scores_;    // of two blocks, [2][2 x 2 tiles]
   uint32_t* pairs_;  // [2][16 pairs of keys][16 rows]

@@ -126,24 +126,25 @@ class VectorTiles {
     }
   }
 
-  // sums [rows, width] += SiLU(q k') v over these keys; row i sees those with diagonal + key <= i.
-  void attend(
-      const KeyRow<scalar_t>* rows, int64_t count, int64_t /*num_heads*/, int64_t padded_rows, int64_t diagonal,
-      real_t* sums) {
-    load(rows, count);
+  // sums [rows, width] = SiLU(q k') v over these keys, or that is added; row i sees those with diagonal + key <= i.
+  void attend(const Keys<scalar_t>& keys, int64_t padded_rows, int64_t diagonal, real_t* sums, bool add) {
+    load(keys.rows, keys.count);
     for (int64_t row = 0; row < padded_rows; row += BLOCK_ROWS) {
       const int64_t block_rows = std::min(BLOCK_ROWS, padded_rows - row);
       const int64_t seen = row + block_rows - diagonal;  // by the last row
-      if (seen <= 0) continue;
-      const int64_t keys = std::min(round_up(seen, 16), padded_keys_);
-      for (int64_t j = 0; j < keys; j += STRIP_KEYS) {
-        weigh(row, block_rows, j, std::min(STRIP_KEYS, keys - j), diagonal);
+      const int64_t num_seen = std::clamp<int64_t>(round_up(seen, 16), 0, padded_keys_);
+      if (num_seen == 0 && add) continue;
+      for (int64_t j = 0; j < num_seen; j += STRIP_KEYS) {
+        weigh(row, block_rows, j, std::min(STRIP_KEYS, num_seen - j), diagonal);
       }
       multiply_panels(
-          block_rows, width_, keys, weights_, LD_WEIGHTS, values_, MOST_KEYS, sums + row * sums_per_row(),
-          sums_per_row(), true);
+          block_rows, width_, num_seen, weights_, LD_WEIGHTS, values_, MOST_KEYS, sums + row * sums_per_row(),
+          sums_per_row(), add);
     }
   }
+
+  // Row i of sums times a factor as a row of results; false where only read_row can.
+  bool write_row(const real_t* /*sums*/, int64_t /*i*/, real_t /*factor*/, scalar_t* /*out*/) const { return false; }
 
   // Row i of sums: [width].
   void read_row(const real_t* sums, int64_t i, real_t* row) const {
