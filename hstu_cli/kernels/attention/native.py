@@ -14,4 +14,6 @@ def attention(
     scaling_seqlen: int,
 ) -> torch.Tensor:
     """See `hstu_attention`; no gradients."""
+    if not len(q):
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
     return torch.ops.hstu_native.attention(q, k, v, offsets, num_candidates, None, [], [], [], alpha, scaling_seqlen)
