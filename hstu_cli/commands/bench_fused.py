@@ -23,6 +23,8 @@ EMBEDDING_DIM, NUM_HEADS = 1024, 4
 SWITCHES = {"RECOMPUTE_INPUT_LAYERNORM": "+layernorm_recompute", "RECOMPUTE_INPUT_SILU": "+silu_recompute"}
 """Environment variables that leave a variant out where they are 0."""
 
+REFUSED_IMPLS = {"reference": "is no fused layer (--compare eager adds its time)"}
+
 PUBLISHED = "H100, published, batch 32, bf16"
 """How the reference implementation's figures are labelled, whatever runs here."""
 
@@ -62,7 +64,7 @@ def bench_fused(
     device: options.Device = "auto",
     require_device: options.RequireDevice = False,
     dtype: options.Dtype = "auto",
-    impl: options.Impl = "auto",
+    impl: Annotated[str, typer.Option(help="Implementation of the layer: auto, blocked or triton.")] = "auto",
     seed: options.Seed = 0,
     format: options.Format = options.OutputFormat.rich,
     output_json: options.OutputJson = None,
@@ -81,10 +83,6 @@ def bench_fused(
         raise UsageError(f"--dropout takes a number from 0 to below 1, not {dropout}.")
     if compare not in (None, "eager"):
         raise UsageError(f"--compare knows eager, not {compare!r}.")
-    if impl == "reference":
-        raise UsageError(
-            "--impl reference: it is no fused layer. Choose auto or blocked; --compare eager adds its time."
-        )
     from dataclasses import replace
 
     from hstu_cli.bench.fused import FusedGrid, dry_rows, peak_flops, run_fused_benchmark
@@ -106,6 +104,7 @@ def bench_fused(
         output_json=output_json,
         metadata=metadata,
         gradients=True,
+        refused_impls=REFUSED_IMPLS,
     )
     preset = opened.choice.preset
     heads = num_heads or (preset.num_heads if preset and head_dim is None else NUM_HEADS)

@@ -34,6 +34,9 @@ Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16; auto is fp32
 Impl = Annotated[
     str, typer.Option(help="Implementation of the operators: auto, reference, blocked, native, triton or ascend.")
 ]
+TrainingImpl = Annotated[
+    str, typer.Option(help="Implementation of the operators and their gradients: auto, reference, blocked or triton.")
+]
 AppendImpl = Annotated[
     str, typer.Option(help="What writes new keys and values into pages: auto, triton, flashinfer, native or torch.")
 ]
