@@ -1,5 +1,6 @@
 """Backends: what is asked of a device's torch module for graphs and uploads, and what is said where it lacks them."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,8 @@ class StandInModule:
         self.calls: list[object] = []
         self.streams: list[StandInStream] = []
         self.reserved = 100
+        self.pool_bytes = 0
+        self.live_graphs: weakref.WeakSet[StandInGraph] = weakref.WeakSet()
         self.stream_name = "compute"
         self.capturing = False
 
@@ -50,9 +53,11 @@ class StandInModule:
     def empty_cache(self) -> None:
         self.calls.append("empty cache")
         self.reserved -= self.reserved % 100  # what the warm-up left
+        if not self.live_graphs:  # which share the pool's memory: it goes with the last of them
+            self.pool_bytes = 0
 
     def memory_reserved(self, index: int) -> int:
-        return self.reserved
+        return self.reserved + self.pool_bytes
 
     def is_current_stream_capturing(self) -> bool:
         return self.capturing
@@ -85,6 +90,7 @@ class StandInEvent:
 class StandInGraph:
     def __init__(self, module: StandInModule) -> None:
         self.module = module
+        module.live_graphs.add(self)
 
     def capture_begin(self, pool: str) -> None:
         assert self.module.stream_name == "side"
@@ -113,7 +119,10 @@ def work(module: StandInModule, grows: int) -> Callable[[], None]:
     """Work that takes memory: some while it warms up, as much as it says while it is captured."""
 
     def run() -> None:
-        module.reserved += grows if module.capturing else 7
+        if module.capturing:
+            module.pool_bytes += grows
+        else:
+            module.reserved += 7
         module.calls.append(f"{'captured' if module.capturing else 'done'} in {module.stream_name}")
 
     return run
@@ -152,6 +161,36 @@ def test_a_capture_that_fails_ends_and_leaves_the_stream(module: StandInModule) 
     module.calls.clear()
     pool.capture(work(module, 100)).replay()
     assert pool.memory_bytes == 100
+
+
+def test_memory_of_dropped_graphs_is_given_back_and_not_counted(module: StandInModule) -> None:
+    """It stays in the pool while another graph of the pool is there, whose captures go on using it."""
+    pool = CudaBackend().graph_pool()
+    first, second = pool.capture(work(module, 500)), pool.capture(work(module, 300))
+    assert pool.memory_bytes == 800
+    del second
+    pool.release()
+    assert pool.memory_bytes == 800
+    del first
+    pool.release()
+    assert pool.memory_bytes == 0
+    kept = pool.capture(work(module, 200))
+    assert pool.memory_bytes == 200
+
+    def fails() -> None:
+        work(module, 400)()
+        if module.capturing:
+            module.calls.append("break")
+            raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        pool.capture(fails)
+    pool.release()
+    assert pool.memory_bytes == 600, "what a capture took before it failed is in the pool"
+    module.calls.clear()
+    del kept
+    pool.release()
+    assert pool.memory_bytes == 0
 
 
 def test_copies_have_a_stream_for_each_direction_and_wait_for_what_they_are_told(module: StandInModule) -> None:
