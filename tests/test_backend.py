@@ -1,14 +1,17 @@
 """Backends: what is asked of a device's torch module for graphs and uploads, and what is said where it lacks them."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hstu_cli.backend import Backend, CudaBackend, upload
 from hstu_cli.backend.base import ALIGNMENT_BYTES, packed
+from hstu_cli.backend.streams import StreamBackend
 from hstu_cli.errors import UnavailableError
 
 
@@ -286,14 +289,48 @@ def test_host_memory_is_pinned_as_long_as_a_tensor_uses_it(
     assert CudaBackend().host_tensor((0, 4), torch.float32).shape == (0, 4)
 
 
+class LastError(TorchDispatchMode):
+    """Raises an error at the first kernel, as torch does with what a call before it left in the CUDA runtime."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.pending and func.overloadpacket is torch.ops.aten.fill_:
+            self.pending = False
+            raise torch.AcceleratorError("CUDA error: part or all of the requested memory range is already mapped")
+        return func(*args, **(kwargs or {}))
+
+
 def test_where_the_driver_does_not_pin_torch_does(module: StandInModule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "cudart", lambda: StandInRuntime(code=2), raising=False)
-    if torch.cuda.is_available():
-        assert CudaBackend().host_tensor((4,), torch.float32).is_pinned()
-    else:
-        with pytest.raises(RuntimeError, match="pin_memory"):  # it was asked, and cannot here
-            CudaBackend().host_tensor((4,), torch.float32)
+    asked: list[Sequence[int]] = []
+    monkeypatch.setattr(StreamBackend, "host_tensor", lambda self, shape, dtype: asked.append(shape))
+    backend = CudaBackend()
+    backend.device = torch.device("cpu")
+    with LastError() as last_error:
+        backend.host_tensor((4,), torch.float32)
+        torch.empty(2).fill_(3)  # which would raise what the driver left behind
+    assert asked == [(4,)]
+    assert not last_error.pending
     assert not module.calls
+
+
+@pytest.mark.gpu
+def test_a_failure_to_pin_reaches_no_kernel_that_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = torch.cuda.cudart()
+    codes: list[int] = []
+
+    class Failing:
+        def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> Any:  # noqa: N802 as CUDA calls it
+            codes.append(int(runtime.cudaHostRegister(address, 0, flags)))  # nothing cannot be pinned
+            return codes[-1]
+
+    monkeypatch.setattr(torch.cuda, "cudart", Failing)
+    assert CudaBackend().host_tensor((4,), torch.float32).is_pinned()
+    assert codes != [0]
+    assert (torch.ones(3, device="cuda") + 1).tolist() == [2, 2, 2]
 
 
 @pytest.mark.gpu

@@ -250,6 +250,7 @@ class CudaBackend(StreamBackend):
         tensor = torch.frombuffer(memory, dtype=dtype).view(*shape)
         address, runtime = tensor.data_ptr(), self.module().cudart()
         if int(runtime.cudaHostRegister(address, num_bytes, HOST_REGISTER_PORTABLE)):
+            self._forget_last_error()
             return super().host_tensor(shape, dtype)
 
         def unpin() -> None:
@@ -258,6 +259,15 @@ class CudaBackend(StreamBackend):
 
         memory.unpin = unpin
         return tensor
+
+    def _forget_last_error(self) -> None:
+        """Clear the error that the CUDA runtime keeps of a call of ours that failed.
+
+        torch asks for the last error after each kernel that it launches, whoever's it is: the next kernel of the model
+        would raise it. Asking clears it, and not every torch lets Python ask, so a kernel of no use has to.
+        """
+        with contextlib.suppress(RuntimeError):
+            torch.empty(1, device=self.device).fill_(1)  # zeros would be set by a copy engine, without a kernel
 
     @property
     def compute_capability(self) -> tuple[int, int]:
