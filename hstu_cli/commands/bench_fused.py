@@ -84,8 +84,9 @@ def bench_fused(
     if compare not in (None, "eager"):
         raise UsageError(f"--compare knows eager, not {compare!r}.")
     from dataclasses import replace
+    from functools import partial
 
-    from hstu_cli.bench.fused import FusedGrid, dry_rows, peak_flops, run_fused_benchmark
+    from hstu_cli.bench.fused import FusedGrid, apply_peak, dry_rows, run_fused_benchmark
     from hstu_cli.charts import check_plot
     from hstu_cli.commands import bench
     from hstu_cli.commands.opening import open_run
@@ -127,10 +128,15 @@ def bench_fused(
         bench.dry_run(opened, dry_rows(model_config, grid, opened.dtype.itemsize, opened.impl.name))
         return
     with bench.benchmark(
-        opened, _tables, _panels, warmup=num_iters_warmup, iterations=num_iters, plot=plot, profile=profile
+        opened,
+        _tables,
+        _panels,
+        warmup=num_iters_warmup,
+        iterations=num_iters,
+        plot=plot,
+        profile=profile,
+        on_ceilings=partial(apply_peak, reporter.record),
     ) as run:
-        peak, source = peak_flops(run.session)
-        reporter.record["peak"] = {"flops_per_s": peak, "source": source}
         if opened.backend.type == "cpu" and not full:
 
             def seconds(grid: FusedGrid) -> float:
@@ -148,6 +154,8 @@ def bench_fused(
             if grid != whole:
                 listed = ", ".join(map(str, grid.seqlens))
                 bench.say_scaled(opened, f"batch size {grid.batch_size}, sequences of {listed} tokens")
+            if seconds(grid) > CPU_SECONDS:
+                bench.say_long(opened, seconds(grid))
         for row in run_fused_benchmark(
             run.session,
             model_config,
