@@ -54,6 +54,7 @@ def tiny(root: Path, *arguments: object) -> list[object]:
         (["--host-cache-gb", "inf"], "--host-cache-gb"),
         (["--host-cache-gb", "nan"], "--host-cache-gb"),
         (["--predictions-out", "same", "--output-json", "same"], "same file"),
+        (["--no-kv-cache", "--append-impl", "torch"], "need the cache: drop --no-kv-cache"),
     ],
 )
 def test_wrong_command_lines_exit_2(root: Path, arguments: list[object], message: str) -> None:

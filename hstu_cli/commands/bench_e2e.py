@@ -57,6 +57,7 @@ def bench_e2e(
 ) -> None:
     """Time requests of users whose histories grow, from embedding to logits."""
     args = dict(locals())
+    options.check_outputs(dry_run=dry_run, plot=plot, profile=profile, output_json=output_json)
     users = options.parse_counts("--num-users", NUM_USERS if num_users is None else num_users, least=1)
     chosen = _parse_variants(variants)
     from hstu_cli.bench.e2e import GrowingUsers, dry_rows, run_e2e_benchmark

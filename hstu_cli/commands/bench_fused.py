@@ -77,6 +77,7 @@ def bench_fused(
     normalised input, or that and SiLU's output, again; unset or 1 means that they run.
     """
     args = dict(locals())
+    options.check_outputs(dry_run=dry_run, plot=plot, profile=profile, output_json=output_json)
     lengths = options.parse_counts("--seqlens", SEQLENS if seqlens is None else seqlens, least=1)
     variants = _chosen_variants(os.environ)
     if not 0 <= dropout < 1:

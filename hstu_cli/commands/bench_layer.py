@@ -65,6 +65,7 @@ def bench_layer(
 ) -> None:
     """Time the HSTU block over history, cached tokens, candidates and batch size."""
     args = dict(locals())
+    options.check_outputs(dry_run=dry_run, plot=plot, profile=profile, output_json=output_json)
     histories = options.parse_counts("--history", HISTORY if history is None else history, least=1)
     shares = options.parse_shares("--cached", CACHED if cached is None else cached)
     counts = options.parse_counts("--candidates", CANDIDATES if candidates is None else candidates, least=0)

@@ -83,8 +83,10 @@ def infer(
         raise UsageError(f"--host-cache-gb takes a number of gigabytes, not {host_cache_gb}.")
     if predictions_out is not None and predictions_out == output_json:
         raise UsageError("--predictions-out and --output-json name the same file.")
-    if not kv_cache and (num_pages or host_cache_gb or verify_cache):
-        raise UsageError("--num-pages, --host-cache-gb and --verify-cache need the cache: drop --no-kv-cache.")
+    if not kv_cache and (num_pages or host_cache_gb or verify_cache or append_impl != "auto"):
+        raise UsageError(
+            "--num-pages, --host-cache-gb, --verify-cache and --append-impl need the cache: drop --no-kv-cache."
+        )
     if not kv_cache and cuda_graph:
         raise UsageError("--cuda-graph captures cached steps: drop --no-kv-cache.")
     from hstu_cli.bench.replay import Replay

@@ -95,6 +95,15 @@ def _out_of_memory(error: MemoryError | RuntimeError) -> RunError | None:
     return RunError(f"Memory did not suffice ({what}). Take a smaller batch, cache or model, or another device.")
 
 
+def check_outputs(*, dry_run: bool, plot: Path | None, profile: Path | None, output_json: Path | None) -> None:
+    """UsageError for what a benchmark would leave out or overwrite in silence."""
+    for option, path, verb in (("--plot", plot, "plot"), ("--profile", profile, "trace")):
+        if dry_run and path is not None:
+            raise UsageError(f"{option} with --dry-run: nothing runs, so there is nothing to {verb}. Drop one of them.")
+    if plot is not None and plot == output_json:
+        raise UsageError("--plot and --output-json name the same file.")
+
+
 MOST_COUNT = 1_000_000
 
 
