@@ -89,7 +89,9 @@ def bench_e2e(
     workloads = [GrowingUsers(count, history_step, num_batches, candidates) for count in users]
     workloads[0].check(model_config)
     tokens = page_size or (preset.page_size if preset else 32)
-    append = choose_append_impl(append_impl, opened.backend.type, opened.dtype, head_dim=model_config.head_dim)
+    append = choose_append_impl(
+        append_impl, opened.backend.type, opened.dtype, head_dim=model_config.head_dim, impl=impl
+    )
     opened.reporter.record |= {
         "model": model_config.to_dict(),
         "page_size": tokens,

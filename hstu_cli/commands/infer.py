@@ -119,7 +119,7 @@ def infer(
     )
     reporter, backend = opened.reporter, opened.backend
     chosen_embedding = choose_embedding(embedding, backend.type)
-    choose_append_impl(append_impl, backend.type, opened.dtype)  # refused before data is read
+    choose_append_impl(append_impl, backend.type, opened.dtype, impl=impl)  # refused before data is read
     graph_choice = choose_graphs(cuda_graph, backend, opened.impl.name, cached=kv_cache)
     prepared = open_dataset(dataset, data_root, reporter)
     if checkpoint is not None:
@@ -140,7 +140,7 @@ def infer(
     cache = None
     if kv_cache:
         host_bytes = None if host_cache_gb is None else int(host_cache_gb * 1e9)
-        sizes = CacheOptions(page_size, num_pages, host_bytes, verify_cache is not None, append_impl)
+        sizes = CacheOptions(page_size, num_pages, host_bytes, verify_cache is not None, append_impl, impl)
         cache = build_cache(source, model.config, model.dtype, backend, sizes)
     graphs = None
     if graph_choice.enabled:

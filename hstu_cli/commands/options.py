@@ -38,7 +38,11 @@ TrainingImpl = Annotated[
     str, typer.Option(help="Implementation of the operators and their gradients: auto, reference, blocked or triton.")
 ]
 AppendImpl = Annotated[
-    str, typer.Option(help="What writes new keys and values into pages: auto, triton, flashinfer, native or torch.")
+    str,
+    typer.Option(
+        help="What writes new keys and values into pages: triton, flashinfer, native, torch, or auto, "
+        "which follows --impl where that is given (reference, blocked, ascend: torch)."
+    ),
 ]
 Embedding = Annotated[str, typer.Option(help="What looks embeddings up: auto (torch), torch, torchrec or dynamicemb.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
