@@ -52,6 +52,9 @@ JOBS: dict[str, dict[str, Any]] = {
     "cached": {"args": [*INFER, *NPU, *FP32, "--predictions-out", "cached.parquet"]},
     "host tier": {"args": [*INFER, *NPU, *FP32, *HOST_TIER, "--predictions-out", "host tier.parquet"]},
     "unpadded": {"args": [*INFER, *NPU, *FP32, "--predictions-out", "unpadded.parquet"], "unpadded": True},
+    "reference": {
+        "args": [*INFER, *NPU, *FP32, *HOST_TIER, "--impl", "reference", "--predictions-out", "reference.parquet"]
+    },
     "bf16, verified": {"args": [*INFER, *NPU, *HOST_TIER, "--verify-cache", "7"]},
     "bench-layer": {"args": [*LAYER, *NPU, "--cache-tier", "host", "--compare", "eager"]},
     "bench-layer, device tier": {"args": [*LAYER, *NPU]},
@@ -101,7 +104,7 @@ def test_it_runs_and_says_on_what(outcomes: dict[str, Any], name: str) -> None:
     assert device["dtype"] == ("fp32" if set(FP32) <= set(JOBS[name]["args"]) else "bf16")
 
 
-@pytest.mark.parametrize("name", [*REPLAYS, "unpadded"])
+@pytest.mark.parametrize("name", [*REPLAYS, "unpadded", "reference"])
 def test_scores_are_those_of_the_cpu(outcomes: dict[str, Any], name: str) -> None:
     record(outcomes["cpu"])
     expected, found = (logits(outcomes["home"], x) for x in ("cpu", name))
