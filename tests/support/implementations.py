@@ -26,6 +26,13 @@ EXACT = (
 
 TRITON_ON_GPU = pytest.param("triton", "cuda", id="triton-cuda", marks=pytest.mark.gpu)
 
+PLACES = (
+    pytest.param("blocked", "cpu", id="cpu"),
+    pytest.param("blocked", "cuda", id="blocked-cuda", marks=pytest.mark.gpu),
+    TRITON_ON_GPU,
+)
+"""Where tests of the cache run: one implementation on a CPU, as they do not look at operators, and both of a GPU's."""
+
 TRITON_DEVICE = "cpu" if CudaBackend.why_unavailable() else "cuda"
 """Where Triton kernels run: interpreted on a CPU where there is no GPU."""
 
