@@ -48,6 +48,8 @@ inline __m512 load_as_float(const bf16* x, __mmask16 exist) {
 struct BiasSilu {
   const bf16* bias;
 
+  void fetch(int64_t /*row*/, int64_t /*column*/) const {}
+
   __m512 operator()(__m512 sums, int64_t /*row*/, int64_t column, __mmask16 exist) const {
     return silu_for_bf16(_mm512_add_ps(sums, load_as_float(bias + column, exist)), _mm512_set1_ps(-1.44269504f));
   }
@@ -56,6 +58,8 @@ struct BiasSilu {
 struct AddResidual {
   const bf16* residual;
   int64_t stride;
+
+  void fetch(int64_t row, int64_t column) const { _mm_prefetch(residual + row * stride + column, _MM_HINT_T0); }
 
   __m512 operator()(__m512 sums, int64_t row, int64_t column, __mmask16 exist) const {
     return _mm512_add_ps(sums, load_as_float(residual + row * stride + column, exist));
@@ -99,12 +103,17 @@ class LinearWorker {
           } else {
             load_sums(sums, 2 * SUM_TILE);
           }
-          add_products(depth, left, left + depth * TILE, right, right + depth * TILE, [&](int64_t) {
+          const bool last = step + depth == steps;
+          const int64_t rows_each = last ? (32 + 2 * depth - 1) / (2 * depth) : 0;
+          add_products(depth, left, left + depth * TILE, right, right + depth * TILE, [&](int64_t i) {
             for (int64_t line = 0; line < lines; ++line) _mm_prefetch(next + line * STEP, _MM_HINT_T0);
             next += lines * STEP;
+            for (int64_t j = i * rows_each; j < (i + 1) * rows_each; ++j) {
+              finish.fetch(std::min(row_begin + row + j, rows_ - 1), block * PackedWeight::COLUMNS);
+            }
           });
           store_sums(sums, 2 * SUM_TILE);
-          if (step + depth == steps) {
+          if (last) {
             store(row_begin + row, std::min<int64_t>(32, count - row), block * PackedWeight::COLUMNS, sums, finish);
           }
         }
