@@ -7,10 +7,10 @@
 
 namespace hstu {
 
-// Scores are computed transposed (keys by rows): so keys are left operands, which pages hold as they are, and values need
-// no more than interleaving. Rows meet the keys first, all heads of them, and then the values: each comes from memory in
-// the order in which it lies there. A block's SiLU runs beside the next block's products, because vectors and matrices
-// are different units.
+// Scores are computed transposed (keys by rows): so keys are left operands, which pages hold as they are, and values
+// need no more than interleaving. Rows meet the keys first, all heads of them, and then the values: each comes from
+// memory in the order in which it lies there. A block's SiLU runs beside the next block's products, because vectors and
+// matrices are different units.
 class MatrixTiles {
  public:
   using scalar_type = bf16;
@@ -111,8 +111,8 @@ class MatrixTiles {
  private:
   static constexpr int64_t MANY_HEADS_KEYS = 160;
 
-  // Rows that are needed soon, brought closer line by line: one at a time beside a tile product costs nothing, more make
-  // the products wait for their operands.
+  // Rows that are needed soon, brought closer line by line: one at a time beside a tile product costs little, more make
+  // the products wait for their own operands.
   class Ahead {
    public:
     Ahead() = default;
@@ -189,10 +189,11 @@ class MatrixTiles {
   // Bytes from each of 16 keys to the next; 0 where it varies, where their last step is not whole, or where so many are
   // between them that a tile's rows meet in one set of the first-level cache.
   int64_t distance(const KeyRow<bf16>* keys) const {
-    const int64_t bytes = reinterpret_cast<const char*>(keys[1].key) - reinterpret_cast<const char*>(keys[0].key);
+    const auto place = [&](int64_t j) { return reinterpret_cast<intptr_t>(keys[j].key); };
+    const int64_t bytes = place(1) - place(0);
     if (head_dim_ != width_ || bytes <= 0 || bytes % 4096 == 0) return 0;
-    for (int64_t j = 1; j < 16; ++j) {
-      if (reinterpret_cast<const char*>(keys[j].key) - reinterpret_cast<const char*>(keys[j - 1].key) != bytes) return 0;
+    for (int64_t j = 2; j < 16; ++j) {
+      if (place(j) - place(j - 1) != bytes) return 0;
     }
     return bytes;
   }
@@ -313,7 +314,8 @@ class MatrixTiles {
   int64_t head_dim_, width_, steps_;
   __m512 minus_alpha_log2e_;
   int64_t key_steps_ = 0, padded_rows_ = 0, diagonal_ = 0;
-  // Tiles: [heads][rows / 16][steps]; copied keys, the same; of one head [2 steps][key steps]; [heads][rows / 16][key steps].
+  // Tiles: [heads][rows / 16][steps]; keys that were copied, the same; values of one head, [2 steps][key steps];
+  // [heads][rows / 16][key steps].
   bf16 *queries_, *keys_, *values_, *weights_;
   Ahead ahead_;
   Left* left_;       // [heads][key steps]

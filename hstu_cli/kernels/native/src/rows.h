@@ -21,7 +21,7 @@ constexpr int64_t ROW_GRAIN = 1 << 15;  // elements that are worth waking a thre
 // Calls f(at, low, high) for two vectors of elements at a time, widened where the dtype is narrow, and then
 // rest(at) for each element behind the last of them.
 template <typename scalar_t, typename f_t, typename rest_t>
-inline __attribute__((always_inline)) void for_vectors(const scalar_t* x, int64_t width, const f_t& f, const rest_t& rest) {
+inline void for_vectors(const scalar_t* x, int64_t width, const f_t& f, const rest_t& rest) {
   using Vec = at::vec::Vectorized<wide_t<scalar_t>>;
   int64_t i = 0;
   for (; i + 2 * Vec::size() <= width; i += 2 * Vec::size()) {
