@@ -145,14 +145,18 @@ inline __m512i to_pairs(__m512 low, __m512 high) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
 }
 
-// x * sigmoid(alpha * x), right to 2^-13: bf16 keeps 2^-9. The cubic is the best relative fit of 2^f on [0, 1).
-inline __m512 silu_for_bf16(__m512 x, __m512 minus_alpha_log2e) {
-  const __m512 t = _mm512_mul_ps(x, minus_alpha_log2e);
+// 2^t, right to 2^-13: bf16 keeps 2^-9. The cubic is the best relative fit of 2^f on [0, 1).
+inline __m512 exp2_for_bf16(__m512 t) {
   const __m512 f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.0780245f), f, _mm512_set1_ps(0.2260672f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6958335f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.9999252f));
-  const __m512 e = _mm512_scalef_ps(p, t);
+  return _mm512_scalef_ps(p, t);
+}
+
+// x * sigmoid(alpha * x).
+inline __m512 silu_for_bf16(__m512 x, __m512 minus_alpha_log2e) {
+  const __m512 e = exp2_for_bf16(_mm512_mul_ps(x, minus_alpha_log2e));
   return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(e, _mm512_set1_ps(1.0f))));
 }
 
