@@ -101,16 +101,15 @@ class GradientWorker {
     const int64_t rows = s.num_new - task.key_begin, first = s.first_row + task.key_begin;
     real_t* sums = task.num_parts > 1 ? partial_sums_ + task.sums_offset * tiles_.width() : sums_;
     std::fill(sums, sums + round_up(rows, ROW_STEP) * tiles_.width(), real_t(0));
-    if (task.key_begin < task.key_end) {
-      tiles_.load_rows(
-          row_of(batch_.q, first, task.head), row_of(batch_.grad_out, first, task.head), rows);
-    }
     const int64_t keys = task.key_end - task.key_begin;
     for (int64_t key = 0; key < keys; key += tiles_t::CHUNK_KEYS) {
       const int64_t count = std::min(tiles_t::CHUNK_KEYS, keys - key);
       tiles_.load_keys(row_of(batch_.k, first + key, task.head), row_of(batch_.v, first + key, task.head), count);
       for (int64_t row = key / tiles_t::BLOCK_ROWS * tiles_t::BLOCK_ROWS; row < rows; row += tiles_t::BLOCK_ROWS) {
-        tiles_.add(key, row, std::min(row + tiles_t::BLOCK_ROWS, rows), sums);
+        tiles_.load_rows(
+            row_of(batch_.q, first + row, task.head), row_of(batch_.grad_out, first + row, task.head),
+            std::min(tiles_t::BLOCK_ROWS, rows - row));
+        tiles_.add(key - row, sums + row * tiles_.width());
       }
       for (int64_t j = 0; j < count; j += ROW_STEP) {
         const int64_t token = first + key + j, some = std::min(ROW_STEP, count - j);
@@ -138,7 +137,7 @@ class GradientWorker {
 
  private:
   void carve(Carver& carver, int64_t rows) {
-    tiles_.carve(carver, rows);
+    tiles_.carve(carver);
     carver.take(sums_, round_up(rows, ROW_STEP) * tiles_.width());
     carver.take(rows_, ROW_STEP * tiles_.width());
   }

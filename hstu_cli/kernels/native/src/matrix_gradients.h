@@ -18,7 +18,7 @@ class MatrixGradientTiles {
   using session_type = TileSession;
   // What meets at a time: more keys need fewer passes over rows and their sums, but all must stay in the second-level
   // cache.
-  static constexpr int64_t CHUNK_KEYS = 256, BLOCK_ROWS = 256;
+    static constexpr int64_t CHUNK_KEYS = 256, BLOCK_ROWS = 256;
 
   MatrixGradientTiles(int64_t head_dim, double alpha)
       : head_dim_(head_dim),
@@ -30,9 +30,8 @@ class MatrixGradientTiles {
   // Elements of a row of sums.
   int64_t width() const { return width_; }
 
-  // rows: the most that are loaded.
-  void carve(Carver& carver, int64_t rows) {
-    const int64_t loaded = round_up(rows, BLOCK_ROWS) * width_;
+  void carve(Carver& carver) {
+    const int64_t loaded = BLOCK_ROWS * width_;
     carver.take(queries_across_, loaded);
     carver.take(queries_along_, loaded);
     carver.take(outputs_across_, loaded);
@@ -51,6 +50,7 @@ class MatrixGradientTiles {
   // Queries and the gradients of their outputs; zeros stand behind the last row.
   template <typename row_t>
   void load_rows(const row_t& query, const row_t& output, int64_t count) {
+    row_steps_ = (count + STEP - 1) / STEP;
     load_operand(query, count, queries_across_, queries_along_);
     load_operand(output, count, outputs_across_, outputs_along_);
   }
@@ -82,30 +82,27 @@ class MatrixGradientTiles {
     }
   }
 
-  // Adds what the loaded keys, of which the first is number `first_key`, and the rows [row_begin, row_end) are to each
-  // other, up to BLOCK_ROWS of them from a multiple of that on. A row sees the keys up to its own number.
-  // sums [rows, width]: of the queries, from row 0 on.
-  void add(int64_t first_key, int64_t row_begin, int64_t row_end, float* sums) {
-    const int64_t row_steps = (row_end - row_begin + STEP - 1) / STEP;
+  // Adds what the loaded keys and rows are to each other. Row i sees those keys p where diagonal + p <= i; diagonal is
+  // a multiple of 32. sums [rows, width]: of the queries.
+  void add(int64_t diagonal, float* sums) {
     Block last;
     int64_t parity = 0;
     for (int64_t key_step = 0; key_step < key_steps_; ++key_step) {
-      const int64_t from = std::max<int64_t>(0, (first_key - row_begin) / STEP + key_step);
-      for (int64_t row_step = from; row_step < row_steps; ++row_step) {
-        multiply(key_step, row_begin + row_step * STEP, parity, last);
-        settle(last, row_begin);
-        const bool fresh = first_key + key_step * STEP >= row_begin;
-        last = {key_step, row_step, from, row_steps, fresh, fresh && row_step == from};
+      const int64_t own = diagonal / STEP + key_step, from = std::max<int64_t>(0, own);
+      for (int64_t row_step = from; row_step < row_steps_; ++row_step) {
+        multiply(key_step, row_step, parity, last);
+        settle(last);
+        last = {key_step, row_step, from, row_steps_, own >= 0, row_step == own};
         parity ^= 1;
       }
     }
     if (!last.row_steps) return;
     for (int64_t pair = 0; pair < 16; ++pair) weigh<true>(parity ^ 1, last, pair);
-    settle(last, row_begin);
-    for (int64_t row_step = 0; row_step < row_steps; ++row_step) {
-      const int64_t row = row_begin + row_step * STEP;
-      const int64_t key_steps = std::min(key_steps_, (row - first_key + STEP) / STEP);
-      if (key_steps > 0) add_to_queries(key_steps, pairs_ + row_step * 2 * KEY_STEPS * TILE, sums + row * width_);
+    settle(last);
+    for (int64_t row_step = 0; row_step < row_steps_; ++row_step) {
+      const int64_t key_steps = std::min(key_steps_, row_step + 1 - diagonal / STEP);
+      if (key_steps <= 0) continue;
+      add_to_queries(key_steps, pairs_ + row_step * 2 * KEY_STEPS * TILE, sums + row_step * STEP * width_);
     }
   }
 
@@ -149,7 +146,7 @@ class MatrixGradientTiles {
   }
 
   // across: to be summed over channels, [rows / 16][steps] tiles; along: over rows, of which i and i + 16 are a pair,
-  // [blocks][steps][even, odd][rows of the block / 32].
+  // [steps][even, odd channels][rows / 32].
   template <typename row_t>
   void load_operand(const row_t& row, int64_t count, bf16* across, bf16* along) const {
     for (int64_t i = 0; i < round_up(count, STEP); i += 16) {
@@ -158,7 +155,7 @@ class MatrixGradientTiles {
           across + i * width_);
     }
     for (int64_t i = 0; i < count; i += STEP) {
-      bf16* target = along + i / BLOCK_ROWS * BLOCK_ROWS * width_ + i % BLOCK_ROWS / STEP * TILE;
+      bf16* target = along + i / STEP * TILE;
       for (int64_t j = 0; j < 16; ++j) {
         const bf16* first = i + j < count ? row(i + j) : nullptr;
         const bf16* second = i + j + 16 < count ? row(i + j + 16) : nullptr;
@@ -172,23 +169,24 @@ class MatrixGradientTiles {
 
   // Scores of 32 keys and 32 rows and the gradients of their weights; beside it, what follows from those of the block
   // before.
-  void multiply(int64_t key_step, int64_t row, int64_t parity, const Block& last) {
+  void multiply(int64_t key_step, int64_t row_step, int64_t parity, const Block& last) {
     switch (steps_) {  // the usual widths get loops of known length
-      case 2: return multiply_of(std::integral_constant<int64_t, 2>(), key_step, row, parity, last);
-      case 4: return multiply_of(std::integral_constant<int64_t, 4>(), key_step, row, parity, last);
-      case 8: return multiply_of(std::integral_constant<int64_t, 8>(), key_step, row, parity, last);
-      default: return multiply_of(steps_, key_step, row, parity, last);
+      case 2: return multiply_of(std::integral_constant<int64_t, 2>(), key_step, row_step, parity, last);
+      case 4: return multiply_of(std::integral_constant<int64_t, 4>(), key_step, row_step, parity, last);
+      case 8: return multiply_of(std::integral_constant<int64_t, 8>(), key_step, row_step, parity, last);
+      default: return multiply_of(steps_, key_step, row_step, parity, last);
     }
   }
 
   template <typename steps_t>
-  void multiply_of(steps_t steps, int64_t key_step, int64_t row, int64_t parity, const Block& last) {
+  void multiply_of(steps_t steps, int64_t key_step, int64_t row_step, int64_t parity, const Block& last) {
+    const bf16 *keys = keys_ + key_step * STEP * width_, *values = values_ + key_step * STEP * width_;
+    const bf16 *queries = queries_across_ + row_step * STEP * width_;
+    const bf16 *outputs = outputs_across_ + row_step * STEP * width_;
+    float* scores = scores_ + parity * 8 * SUM_TILE;
     const auto weigh_nothing = [](int64_t) {};
     const auto weigh_masked = [&](int64_t i) { weigh_part<true>(i, 4 * steps, parity ^ 1, last); };
     const auto weigh_all = [&](int64_t i) { weigh_part<false>(i, 4 * steps, parity ^ 1, last); };
-    const bf16 *keys = keys_ + key_step * STEP * width_, *values = values_ + key_step * STEP * width_;
-    const bf16 *queries = queries_across_ + row * width_, *outputs = outputs_across_ + row * width_;
-    float* scores = scores_ + parity * 8 * SUM_TILE;
     if (!last.row_steps) {
       products(steps, keys, queries, scores, weigh_nothing);
       products(steps, values, outputs, scores + 4 * SUM_TILE, weigh_nothing);
@@ -260,10 +258,10 @@ class MatrixGradientTiles {
   }
 
   // Behind the last rows of a block that see some keys: adds up what these rows are to the keys.
-  void settle(const Block& block, int64_t row_begin) {
+  void settle(const Block& block) {
     if (!block.row_steps || block.row_step + 1 < block.row_steps) return;
     const int64_t at = block.from * TILE, below = ROW_STEPS * TILE;
-    const bf16 *queries = queries_along_ + row_begin * width_ + at, *outputs = outputs_along_ + row_begin * width_ + at;
+    const bf16 *queries = queries_along_ + at, *outputs = outputs_along_ + at;
     for (int64_t step = 0; step < steps_; ++step, queries += 2 * below, outputs += 2 * below) {
       const int64_t place = block.key_step * STEP * width_ + step * 4 * SUM_TILE;
       add_to_keys(block, weights_ + at, outputs, grad_values_ + place);
@@ -314,7 +312,7 @@ class MatrixGradientTiles {
 
   int64_t head_dim_, width_, steps_;
   __m512 alpha_, minus_alpha_log2e_;
-  int64_t key_steps_ = 0;
+  int64_t key_steps_ = 0, row_steps_ = 0;
   bf16 *queries_across_, *queries_along_, *outputs_across_, *outputs_along_;  // see load_operand
   bf16 *keys_, *values_;       // [keys / 16][steps] tiles
   bf16* keys_transposed_;      // [steps][even, odd channels][key steps]

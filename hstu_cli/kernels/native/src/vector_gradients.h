@@ -19,8 +19,8 @@ class VectorGradientTiles {
 
   int64_t width() const { return width_; }
 
-  void carve(Carver& carver, int64_t rows) {
-    const int64_t loaded = round_up(rows, BLOCK_ROWS) * width_;
+  void carve(Carver& carver) {
+    const int64_t loaded = BLOCK_ROWS * width_;
     carver.take(queries_across_, loaded);
     carver.take(queries_along_, loaded);
     carver.take(outputs_across_, loaded);
@@ -38,6 +38,7 @@ class VectorGradientTiles {
 
   template <typename row_t>
   void load_rows(const row_t& query, const row_t& output, int64_t count) {
+    padded_rows_ = round_up(count, PANEL);
     load_operand(query, count, queries_across_, queries_along_);
     load_operand(output, count, outputs_across_, outputs_along_);
   }
@@ -55,32 +56,31 @@ class VectorGradientTiles {
   }
 
   // See MatrixGradientTiles.
-  void add(int64_t first_key, int64_t row_begin, int64_t row_end, real_t* sums) {
-    const int64_t rows = round_up(row_end - row_begin, PANEL);
-    const int64_t loaded = row_begin * width_;
+  void add(int64_t diagonal, real_t* sums) {
+    const int64_t rows = padded_rows_;
     for (int64_t key = 0; key < padded_keys_; key += PANEL) {
-      const int64_t from = std::max<int64_t>(0, first_key + key - row_begin);
+      const int64_t from = std::max<int64_t>(0, diagonal + key);
       if (from >= rows) break;
-      multiply_across(keys_ + key * ld_keys(), queries_across_ + loaded, from, rows, weights_);
-      multiply_across(values_ + key * ld_keys(), outputs_across_ + loaded, from, rows, slopes_);
+      multiply_across(keys_ + key * ld_keys(), queries_across_, from, rows, weights_);
+      multiply_across(values_ + key * ld_keys(), outputs_across_, from, rows, slopes_);
       for (int64_t j = 0; j < PANEL; ++j) {
         differentiate(weights_ + j * LD_ROWS + from, slopes_ + j * LD_ROWS + from, rows - from);
-        const int64_t unseen = std::clamp<int64_t>(first_key + key + j - row_begin - from, 0, rows - from);
+        const int64_t unseen = std::clamp<int64_t>(diagonal + key + j - from, 0, rows - from);
         std::fill_n(weights_ + j * LD_ROWS + from, unseen, real_t(0));
         std::fill_n(slopes_ + j * LD_ROWS + from, unseen, real_t(0));
       }
-      multiply_along(weights_, outputs_along_ + loaded, from, rows, grad_values_ + key * ld_keys());
-      multiply_along(slopes_, queries_along_ + loaded, from, rows, grad_keys_ + key * ld_keys());
+      multiply_along(weights_, outputs_along_, from, rows, grad_values_ + key * ld_keys());
+      multiply_along(slopes_, queries_along_, from, rows, grad_keys_ + key * ld_keys());
       transpose(
           slopes_ + from, LD_ROWS, slopes_transposed_ + from * LD_KEYS_OF_ROW + key, LD_KEYS_OF_ROW, PANEL,
           rows - from);
     }
     for (int64_t row = 0; row < rows; row += PANEL) {
-      const int64_t keys = std::min(padded_keys_, row_begin + row + PANEL - first_key);
+      const int64_t keys = std::min(padded_keys_, row + PANEL - diagonal);
       if (keys <= 0) continue;
       multiply_panels(
           PANEL, width_, keys, slopes_transposed_ + row * LD_KEYS_OF_ROW, LD_KEYS_OF_ROW, keys_along_, CHUNK_KEYS,
-          sums + (row_begin + row) * width_, width_, true);
+          sums + row * width_, width_, true);
     }
   }
 
@@ -96,7 +96,7 @@ class VectorGradientTiles {
   static constexpr int64_t LD_ROWS = BLOCK_ROWS + 16, LD_KEYS_OF_ROW = CHUNK_KEYS + 16;
   int64_t ld_keys() const { return width_ + 16; }
 
-  // across: [blocks][width][BLOCK_ROWS] in panels of PANEL rows' columns; along: [blocks][BLOCK_ROWS, width] in panels.
+  // across: [width, rows] in panels; along: [rows, width] in panels.
   template <typename row_t>
   void load_operand(const row_t& row, int64_t count, real_t* across, real_t* along) {
     for (int64_t i = 0; i < count; i += PANEL) {
@@ -104,8 +104,7 @@ class VectorGradientTiles {
         load_row(i + j < count ? row(i + j) : nullptr, head_dim_, wide_ + j * width_, width_);
       }
       transpose(wide_, width_, across + i * width_, PANEL, PANEL, width_);
-      const int64_t block = i / BLOCK_ROWS * BLOCK_ROWS;
-      to_panels(wide_, width_, PANEL, BLOCK_ROWS, along + block * width_ + (i - block) * PANEL);
+      to_panels(wide_, width_, PANEL, BLOCK_ROWS, along + i * PANEL);
     }
   }
 
@@ -147,7 +146,7 @@ class VectorGradientTiles {
     }
   }
 
-  int64_t head_dim_, width_, padded_keys_ = 0;
+  int64_t head_dim_, width_, padded_keys_ = 0, padded_rows_ = 0;
   real_t alpha_;
   real_t *queries_across_, *queries_along_, *outputs_across_, *outputs_along_;  // see load_operand
   real_t *keys_, *values_, *keys_along_;    // [chunk, width], [chunk, width], [chunk, width] in panels
