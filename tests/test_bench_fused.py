@@ -227,7 +227,7 @@ def test_the_default_run_shrinks_until_it_fits_and_says_so(monkeypatch: pytest.M
         (["--num-heads", "3"], 2, "3 heads do not divide --embedding-dim 1024"),
         (["--dtype", "int8"], 2, "There is no dtype"),
         (["--dropout", "1"], 2, "--dropout takes a number from 0 to below 1"),
-        (["--impl", "native"], 2, "computes no gradients"),
+        (["--impl", "ascend"], 2, "runs on an NPU"),
         (["--impl", "reference"], 2, "--compare eager"),
         (["--compare", "keras"], 2, "--compare knows eager"),
         (["--plot", "chart.gif"], 2, ".png, .svg, .html"),

@@ -35,7 +35,8 @@ def hstu_attention(
     history or j == i. Returns o, [tokens, heads, head_dim] contiguous, in q's dtype; differentiable in
     q, k and v. Triton computes in float32, float16 and bfloat16, head dims up to 256; a
     tensor whose last dimension is not contiguous it copies first.
-    Raises ValueError for inputs that do not fit together; UnavailableError for native where it cannot be built, and for triton where it is not installed.
+    Raises ValueError for inputs that do not fit together; UnavailableError for native where it cannot be
+    built, and for triton where it is not installed.
 
     Plans the batch on every call; who runs several layers on one batch calls `plan_batch` once and
     `jagged_attention` for each.

@@ -1,7 +1,7 @@
-"""Pieces of the fused layer by the C++ operators, which must be loaded: `choose_impl` sees to it; see `function.Pieces`.
+"""Pieces of the fused layer (`function.Pieces`) by the C++ operators, which must be loaded: `choose_impl` sees to it.
 
-Every row-wise operator is one pass over its rows. Large products are torch's, but for those in bf16 that matrix units do
-faster here: the first linear layer with SiLU, and the weights' gradients.
+Every row-wise operator is one pass over its rows. Products are torch's, but for those in bf16 that matrix units do
+faster here: the first linear layer with its SiLU, and the weights' gradients.
 """
 
 import torch
