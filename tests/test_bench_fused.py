@@ -20,6 +20,7 @@ from hstu_cli.bench.published import published_fused_tflops
 from hstu_cli.bench.training_layer import VARIANTS, TrainingWorkload
 from hstu_cli.commands import bench, bench_fused
 from hstu_cli.config import MODEL_PRESETS
+from hstu_cli.kernels.dispatch import choose_impl
 from hstu_cli.model.cost import SequenceShape, attention_flops, kept_bytes, linear_flops, training_flops
 
 SHAPE = ["--embedding-dim", "64", "--num-heads", "2"]
@@ -52,7 +53,11 @@ def test_every_length_and_variant_is_a_row(dtype: str, lengths: str) -> None:
     assert [(row["seqlen"], row["variant"]) for row in rows] == [(n, v) for n in (70, 33) for v in VARIANTS]
     for row in rows:
         assert row.keys() >= MEASURED
-        assert (row["num_layers"], row["batch_size"], row["impl"]) == (2, 3, "blocked")
+        assert (row["num_layers"], row["batch_size"], row["impl"]) == (
+            2,
+            3,
+            choose_impl("auto", "cpu", gradients=True).name,
+        )
         assert len(row["latency_ms"]["samples"]) == 2
         for whole, forward, backward in zip(
             *(row[f"{part}_ms"]["samples"] for part in ("latency", "forward", "backward")), strict=True
@@ -80,7 +85,8 @@ def test_flops_are_three_times_linear_and_three_and_a_half_times_attention() -> 
     assert training_flops(CONFIG, shapes) == 3 * (3 * linear_flops(CONFIG, 107) + 3.5 * attention_flops(CONFIG, pairs))
 
 
-def test_each_recompute_lowers_the_peak_by_what_all_but_one_layer_no_longer_keep() -> None:
+@pytest.mark.parametrize("impl", ["blocked", pytest.param("native", marks=pytest.mark.native)])
+def test_each_recompute_lowers_the_peak_by_what_all_but_one_layer_no_longer_keep(impl: str) -> None:
     workload = TrainingWorkload(
         CONFIG,
         Backend(),
@@ -89,7 +95,7 @@ def test_each_recompute_lowers_the_peak_by_what_all_but_one_layer_no_longer_keep
         batch_size=3,
         full=True,
         dropout=0.2,
-        impl="blocked",
+        impl=impl,
         seed=0,
     )
     baseline, *peaks = (workload.memory(name).peak_bytes for name in VARIANTS)
