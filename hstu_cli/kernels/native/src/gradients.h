@@ -62,8 +62,9 @@ inline GradientPlan make_gradient_plan(
       int64_t begin = 0;
       for (int64_t part = 0; part < parts; ++part) {
         // The keys [0, x) meet rows * x - x^2 / 2 of all scores.
-        const double share = static_cast<double>(part + 1) / static_cast<double>(parts) * (rows * keys - keys * keys / 2);
-        const double x = rows - std::sqrt(std::max(rows * rows - 2 * share, 0.0));
+        const double share = static_cast<double>(part + 1) / static_cast<double>(parts);
+        const double scores = share * (rows * keys - keys * keys / 2);
+        const double x = rows - std::sqrt(std::max(rows * rows - 2 * scores, 0.0));
         const int64_t end = part + 1 == parts
                                 ? s.num_keys()
                                 : std::clamp(round_up(static_cast<int64_t>(x), ROW_STEP), begin, s.num_keys());
@@ -125,12 +126,11 @@ class GradientWorker {
   // Adds the parts of a head's queries up, always in the same order, and writes them.
   void combine(const std::vector<const GradientTask*>& parts) {
     const Sequence& s = batch_.sequences[parts[0]->sequence];
-    std::copy_n(partial_sums_ + parts[0]->sums_offset * tiles_.width(), round_up(s.num_new, ROW_STEP) * tiles_.width(), sums_);
-    for (size_t part = 1; part < parts.size(); ++part) {
-      const int64_t begin = parts[part]->key_begin;
-      const real_t* from = partial_sums_ + parts[part]->sums_offset * tiles_.width();
-      real_t* to = sums_ + begin * tiles_.width();
-      for (int64_t i = 0; i < round_up(s.num_new - begin, ROW_STEP) * tiles_.width(); ++i) to[i] += from[i];
+    for (const GradientTask* part : parts) {  // the first one has all rows
+      const int64_t count = round_up(s.num_new - part->key_begin, ROW_STEP) * tiles_.width();
+      const real_t* from = partial_sums_ + part->sums_offset * tiles_.width();
+      real_t* to = sums_ + part->key_begin * tiles_.width();
+      for (int64_t i = 0; i < count; ++i) to[i] = part->part == 0 ? from[i] : to[i] + from[i];
     }
     finish(s, parts[0]->head, sums_);
   }

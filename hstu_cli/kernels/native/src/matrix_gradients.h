@@ -73,7 +73,7 @@ class MatrixGradientTiles {
         for (int64_t pair = 0; pair < 16; ++pair) {
           const int64_t j = pair / 8 * 16 + pair % 8 * 2;
           const bf16* tile = keys_ + ((key_step * 2 + j / 16) * steps_ + step) * TILE + j % 16 * STEP;
-          interleave(
+          interleave_rows(
               _mm512_load_si512(tile), _mm512_load_si512(tile + STEP), even + pair * STEP, odd + pair * STEP);
         }
         transpose_tile(even, keys_transposed_ + (2 * step * KEY_STEPS + key_step) * TILE);
@@ -139,12 +139,6 @@ class MatrixGradientTiles {
     return row ? load_channels(row, step * STEP, head_dim_) : _mm512_setzero_si512();
   }
 
-  // Two rows as a row of right operands: pairs, of even channels in one tile and of odd ones in the other.
-  static void interleave(__m512i a, __m512i b, bf16* even, bf16* odd) {
-    _mm512_store_si512(even, _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
-    _mm512_store_si512(odd, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
-  }
-
   // across: to be summed over channels, [rows / 16][steps] tiles; along: over rows, of which i and i + 16 are a pair,
   // [steps][even, odd channels][rows / 32].
   template <typename row_t>
@@ -161,7 +155,7 @@ class MatrixGradientTiles {
         const bf16* second = i + j + 16 < count ? row(i + j + 16) : nullptr;
         for (int64_t step = 0; step < steps_; ++step) {
           bf16* tile = target + 2 * step * ROW_STEPS * TILE + j * STEP;
-          interleave(channels(first, step), channels(second, step), tile, tile + ROW_STEPS * TILE);
+          interleave_rows(channels(first, step), channels(second, step), tile, tile + ROW_STEPS * TILE);
         }
       }
     }
@@ -303,23 +297,21 @@ class MatrixGradientTiles {
 
   // 16 even and 16 odd channels as 32.
   static void store_in_order(const float* even, const float* odd, float* row) {
-    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     const __m512 a = _mm512_load_ps(even), b = _mm512_load_ps(odd);
-    _mm512_storeu_ps(row, _mm512_permutex2var_ps(a, low, b));
-    _mm512_storeu_ps(row + 16, _mm512_permutex2var_ps(a, high, b));
+    _mm512_storeu_ps(row, in_order<0>(a, b));
+    _mm512_storeu_ps(row + 16, in_order<1>(a, b));
   }
 
   int64_t head_dim_, width_, steps_;
   __m512 alpha_, minus_alpha_log2e_;
   int64_t key_steps_ = 0, row_steps_ = 0;
   bf16 *queries_across_, *queries_along_, *outputs_across_, *outputs_along_;  // see load_operand
-  bf16 *keys_, *values_;       // [keys / 16][steps] tiles
-  bf16* keys_transposed_;      // [steps][even, odd channels][key steps]
+  bf16 *keys_, *values_;             // [keys / 16][steps] tiles
+  bf16* keys_transposed_;            // [steps][even, odd channels][key steps]
   float *grad_keys_, *grad_values_;  // [key steps][steps][2 x 2] tiles: 16 keys by even or odd channels
-  bf16 *weights_, *slopes_;    // of 32 keys: [2][row steps] tiles
-  bf16* pairs_;                // [row steps][2][key steps] tiles: pairs of keys by rows
-  float* scores_;              // of two blocks: scores and gradients of the weights, 2 x 2 tiles each
+  bf16 *weights_, *slopes_;          // of 32 keys: [2][row steps] tiles
+  bf16* pairs_;                      // [row steps][2][key steps] tiles: pairs of keys by rows
+  float* scores_;                    // of two blocks: scores and gradients of the weights, 2 x 2 tiles each
 };
 
 }  // namespace hstu

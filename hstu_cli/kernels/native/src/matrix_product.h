@@ -15,12 +15,6 @@ struct Matrix {
   const bf16* row(int64_t i) const { return data + i * stride; }
 };
 
-// Two rows of 32 columns as pairs: those of even columns, and of odd ones.
-inline void interleave_rows(__m512i a, __m512i b, bf16* even, bf16* odd) {
-  _mm512_store_si512(even, _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
-  _mm512_store_si512(odd, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
-}
-
 // Rows 32 step to 32 step + 31 and 32 columns as pairs of rows: 16 rows of even columns and of odd ones.
 inline void interleave_step(const Matrix& m, int64_t step, int64_t column, bf16* even, bf16* odd) {
   for (int64_t pair = 0; pair < 16; ++pair) {
@@ -175,14 +169,12 @@ class ProductWorker {
   void store(int64_t row, int64_t count, int64_t column, const float* sums, const finish_t& finish) {
     const int64_t left = right_.shape.out - column;
     const auto exist = static_cast<__mmask32>(left >= 32 ? 0xffffffff : (1u << left) - 1);
-    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     for (int64_t i = 0; i < count; ++i) {
       const int64_t place = transposed_ ? i / 2 + i % 2 * 16 : i;  // among the rows of the tiles
       const float* tile = sums + place / 16 * 2 * SUM_TILE + place % 16 * 16;
       const __m512 a = _mm512_load_ps(tile), b = _mm512_load_ps(tile + SUM_TILE);
       if (right_.interleaved) {
-        finish(row + i, column, _mm512_permutex2var_ps(a, low, b), _mm512_permutex2var_ps(a, high, b), exist);
+        finish(row + i, column, in_order<0>(a, b), in_order<1>(a, b), exist);
       } else {
         finish(row + i, column, a, b, exist);
       }

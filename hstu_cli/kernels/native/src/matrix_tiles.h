@@ -120,6 +120,20 @@ inline __m512i load_channels(const bf16* row, int64_t channel, int64_t num_chann
   return _mm512_maskz_loadu_epi16((__mmask32(1) << left) - 1, row + channel);
 }
 
+// Two rows of 32 columns as pairs: those of even columns, and of odd ones. Nothing moves between lanes; what is
+// multiplied with both comes out with even and odd columns apart, and `in_order` puts them in order.
+inline void interleave_rows(__m512i a, __m512i b, bf16* even, bf16* odd) {
+  _mm512_store_si512(even, _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
+  _mm512_store_si512(odd, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
+}
+
+// The first or second half of 32 columns whose even and odd ones are apart.
+template <int half>
+inline __m512 in_order(__m512 even, __m512 odd) {
+  const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutex2var_ps(even, _mm512_add_epi32(first, _mm512_set1_epi32(8 * half)), odd);
+}
+
 // A tile transposed, as 16 x 16 pairs of bf16.
 inline void transpose_tile(const bf16* source, bf16* target) { transpose_16x16(source, 16, target, 16); }
 

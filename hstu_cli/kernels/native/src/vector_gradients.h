@@ -149,10 +149,10 @@ class VectorGradientTiles {
   int64_t head_dim_, width_, padded_keys_ = 0, padded_rows_ = 0;
   real_t alpha_;
   real_t *queries_across_, *queries_along_, *outputs_across_, *outputs_along_;  // see load_operand
-  real_t *keys_, *values_, *keys_along_;    // [chunk, width], [chunk, width], [chunk, width] in panels
-  real_t *grad_keys_, *grad_values_;        // [chunk, width]
-  real_t *weights_, *slopes_;               // [PANEL, block]
-  real_t *slopes_transposed_, *wide_;       // [block, chunk], [PANEL, width]
+  real_t *keys_, *values_, *keys_along_;  // [chunk, width], [chunk, width], [chunk, width] in panels
+  real_t *grad_keys_, *grad_values_;      // [chunk, width]
+  real_t *weights_, *slopes_;             // [PANEL, block]
+  real_t *slopes_transposed_, *wide_;     // [block, chunk], [PANEL, width]
 };
 
 }  // namespace hstu
