@@ -5,6 +5,10 @@
 
 #ifdef HSTU_MATRIX_TILES
 
+#include <cstdlib>
+#include <memory>
+#include <new>
+
 namespace hstu {
 
 // A matrix whose rows are contiguous and so many elements apart.
@@ -19,9 +23,10 @@ struct Matrix {
 inline void interleave_step(const Matrix& m, int64_t step, int64_t column, bf16* even, bf16* odd) {
   for (int64_t pair = 0; pair < 16; ++pair) {
     const int64_t row = step * STEP + 2 * pair;
-    const __m512i a = row < m.rows ? load_channels(m.row(row) + column, 0, m.columns - column) : __m512i();
-    const __m512i b = row + 1 < m.rows ? load_channels(m.row(row + 1) + column, 0, m.columns - column) : __m512i();
-    interleave_rows(a, b, even + pair * STEP, odd + pair * STEP);
+    auto columns = [&](int64_t i) {
+      return i < m.rows ? load_channels(m.row(i) + column, 0, m.columns - column) : _mm512_setzero_si512();
+    };
+    interleave_rows(columns(row), columns(row + 1), even + pair * STEP, odd + pair * STEP);
   }
 }
 
