@@ -46,7 +46,7 @@ def commands(device: str, results: Path, *, quick: bool = False) -> dict[str, li
         return [*command, *record, *(QUICK[name] if quick else [])]
 
     return {
-        "tests": [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"],
+        "tests": [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "tests"],
         "attention": part("attention", sys.executable, "benchmarks/attention.py"),
         "layer": part("layer", *hstu, "bench-layer", "--num-iters", "20", "--num-iters-warmup", "3"),
         "layer-host": part("layer-host", *hstu, "bench-layer", "--history", "4096", "--cache-tier", "host"),

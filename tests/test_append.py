@@ -189,12 +189,39 @@ def test_the_choice_is_kept_or_refused() -> None:
     assert chosen.name == ("native" if built else "torch")
     assert choose_append_impl("auto", "npu", torch.float32).name == "torch"
     assert choose_append_impl("torch", "cuda", torch.float32).reason == "as requested"
-    with pytest.raises(UsageError, match="choose from auto, triton, flashinfer, native, torch"):
-        choose_append_impl("fast", "cpu", torch.float32)
+    for device, dtype in (("cpu", torch.float32), ("npu", torch.bfloat16)):
+        with pytest.raises(UsageError, match="There is no --append-impl 'fast'; choose from ") as caught:
+            choose_append_impl("fast", device, dtype)
+        offered = str(caught.value).partition("choose from ")[2].rstrip(".").split(", ")
+        assert {"auto", "torch"} <= set(offered)
+        assert [choose_append_impl(name, device, dtype).name for name in offered[1:]] == offered[1:]
     with pytest.raises(UnavailableError, match="--append-impl flashinfer: FlashInfer runs on NVIDIA GPUs alone"):
         choose_append_impl("flashinfer", "cpu", torch.float32)
     with pytest.raises(UnavailableError, match="--append-impl triton: "):
         choose_append_impl("triton", "npu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("impl", "device"),
+    [("reference", "cpu"), ("blocked", "cpu"), ("blocked", "cuda"), ("ascend", "npu")],
+)
+def test_auto_follows_the_other_operators(impl: str, device: str) -> None:
+    chosen = choose_append_impl("auto", device, torch.float32, impl=impl)
+    assert (chosen.name, chosen.reason) == ("torch", f"auto: as --impl {impl}")
+    assert choose_append_impl("torch", device, torch.float32, impl=impl).reason == "as requested"
+
+
+@pytest.mark.native
+def test_auto_follows_native_operators_too() -> None:
+    assert native_state().available
+    assert choose_append_impl("native", "cpu", torch.float32, impl="blocked").name == "native", "both may be named"
+    chosen = choose_append_impl("auto", "cpu", torch.float32, impl="native")
+    assert (chosen.name, chosen.reason) == ("native", "auto: as --impl native")
+
+
+@pytest.mark.triton
+def test_auto_follows_triton_where_its_kernels_run() -> None:
+    assert choose_append_impl("auto", device_of("triton"), torch.float32, impl="triton").name == "triton"
 
 
 def test_auto_takes_flashinfer_where_triton_cannot_run(stand_in: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

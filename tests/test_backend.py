@@ -1,13 +1,17 @@
 """Backends: what is asked of a device's torch module for graphs and uploads, and what is said where it lacks them."""
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hstu_cli.backend import Backend, CudaBackend, upload
 from hstu_cli.backend.base import ALIGNMENT_BYTES, packed
+from hstu_cli.backend.streams import StreamBackend
 from hstu_cli.errors import UnavailableError
 
 
@@ -21,6 +25,8 @@ class StandInModule:
         self.calls: list[object] = []
         self.streams: list[StandInStream] = []
         self.reserved = 100
+        self.pool_bytes = 0
+        self.live_graphs: weakref.WeakSet[StandInGraph] = weakref.WeakSet()
         self.stream_name = "compute"
         self.capturing = False
 
@@ -50,9 +56,11 @@ class StandInModule:
     def empty_cache(self) -> None:
         self.calls.append("empty cache")
         self.reserved -= self.reserved % 100  # what the warm-up left
+        if not self.live_graphs:  # which share the pool's memory: it goes with the last of them
+            self.pool_bytes = 0
 
     def memory_reserved(self, index: int) -> int:
-        return self.reserved
+        return self.reserved + self.pool_bytes
 
     def is_current_stream_capturing(self) -> bool:
         return self.capturing
@@ -85,6 +93,7 @@ class StandInEvent:
 class StandInGraph:
     def __init__(self, module: StandInModule) -> None:
         self.module = module
+        module.live_graphs.add(self)
 
     def capture_begin(self, pool: str) -> None:
         assert self.module.stream_name == "side"
@@ -113,7 +122,10 @@ def work(module: StandInModule, grows: int) -> Callable[[], None]:
     """Work that takes memory: some while it warms up, as much as it says while it is captured."""
 
     def run() -> None:
-        module.reserved += grows if module.capturing else 7
+        if module.capturing:
+            module.pool_bytes += grows
+        else:
+            module.reserved += 7
         module.calls.append(f"{'captured' if module.capturing else 'done'} in {module.stream_name}")
 
     return run
@@ -152,6 +164,36 @@ def test_a_capture_that_fails_ends_and_leaves_the_stream(module: StandInModule) 
     module.calls.clear()
     pool.capture(work(module, 100)).replay()
     assert pool.memory_bytes == 100
+
+
+def test_memory_of_dropped_graphs_is_given_back_and_not_counted(module: StandInModule) -> None:
+    """It stays in the pool while another graph of the pool is there, whose captures go on using it."""
+    pool = CudaBackend().graph_pool()
+    first, second = pool.capture(work(module, 500)), pool.capture(work(module, 300))
+    assert pool.memory_bytes == 800
+    del second
+    pool.release()
+    assert pool.memory_bytes == 800
+    del first
+    pool.release()
+    assert pool.memory_bytes == 0
+    kept = pool.capture(work(module, 200))
+    assert pool.memory_bytes == 200
+
+    def fails() -> None:
+        work(module, 400)()
+        if module.capturing:
+            module.calls.append("break")
+            raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        pool.capture(fails)
+    pool.release()
+    assert pool.memory_bytes == 600, "what a capture took before it failed is in the pool"
+    module.calls.clear()
+    del kept
+    pool.release()
+    assert pool.memory_bytes == 0
 
 
 def test_copies_have_a_stream_for_each_direction_and_wait_for_what_they_are_told(module: StandInModule) -> None:
@@ -247,14 +289,48 @@ def test_host_memory_is_pinned_as_long_as_a_tensor_uses_it(
     assert CudaBackend().host_tensor((0, 4), torch.float32).shape == (0, 4)
 
 
+class LastError(TorchDispatchMode):
+    """Raises an error at the first kernel, as torch does with what a call before it left in the CUDA runtime."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.pending and func.overloadpacket is torch.ops.aten.fill_:
+            self.pending = False
+            raise torch.AcceleratorError("CUDA error: part or all of the requested memory range is already mapped")
+        return func(*args, **(kwargs or {}))
+
+
 def test_where_the_driver_does_not_pin_torch_does(module: StandInModule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "cudart", lambda: StandInRuntime(code=2), raising=False)
-    if torch.cuda.is_available():
-        assert CudaBackend().host_tensor((4,), torch.float32).is_pinned()
-    else:
-        with pytest.raises(RuntimeError, match="pin_memory"):  # it was asked, and cannot here
-            CudaBackend().host_tensor((4,), torch.float32)
+    asked: list[Sequence[int]] = []
+    monkeypatch.setattr(StreamBackend, "host_tensor", lambda self, shape, dtype: asked.append(shape))
+    backend = CudaBackend()
+    backend.device = torch.device("cpu")
+    with LastError() as last_error:
+        backend.host_tensor((4,), torch.float32)
+        torch.empty(2).fill_(3)  # which would raise what the driver left behind
+    assert asked == [(4,)]
+    assert not last_error.pending
     assert not module.calls
+
+
+@pytest.mark.gpu
+def test_a_failure_to_pin_reaches_no_kernel_that_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = torch.cuda.cudart()
+    codes: list[int] = []
+
+    class Failing:
+        def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> Any:  # noqa: N802 as CUDA calls it
+            codes.append(int(runtime.cudaHostRegister(address, 0, flags)))  # nothing cannot be pinned
+            return codes[-1]
+
+    monkeypatch.setattr(torch.cuda, "cudart", Failing)
+    assert CudaBackend().host_tensor((4,), torch.float32).is_pinned()
+    assert codes != [0]
+    assert (torch.ones(3, device="cuda") + 1).tolist() == [2, 2, 2]
 
 
 @pytest.mark.gpu

@@ -9,13 +9,15 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.cli import failure_of, invoke, record_of
 
 from hstu_cli.backend import Backend
-from hstu_cli.bench import training_layer
+from hstu_cli.bench import session, training_layer
+from hstu_cli.bench.ceilings import Ceilings
 from hstu_cli.bench.published import published_fused_tflops
 from hstu_cli.bench.training_layer import VARIANTS, TrainingWorkload
 from hstu_cli.commands import bench, bench_fused
@@ -217,8 +219,39 @@ def test_the_default_run_shrinks_until_it_fits_and_says_so(monkeypatch: pytest.M
     assert "batch size 1, sequences of 1024 tokens; --full runs everything" in record["scaled"]
     assert "--full" in result.stderr
     assert [(row["batch_size"], row["seqlen"]) for row in record["rows"]] == [(1, 1024)] * 4
-    rows = record_of(*SMALL, "--seqlens", "24,16")["rows"]  # what the user chose stays
-    assert [(row["batch_size"], row["seqlen"]) for row in rows[::4]] == [(3, 24), (3, 16)]
+    chosen = record_of(*SMALL, "--seqlens", "24,16")  # what the user chose stays
+    assert [(row["batch_size"], row["seqlen"]) for row in chosen["rows"][::4]] == [(3, 24), (3, 16)]
+    assert "scaled" not in chosen
+
+
+def test_a_run_that_stays_long_says_how_long_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many layers are more than the smallest size makes up for; and what the user chose is not made smaller."""
+    quick = invoke(*SMALL, "--seqlens", "16", "--format", "json")
+    assert "estimated_seconds" not in json.loads(quick.stdout)
+    assert "by estimate" not in quick.stderr
+    monkeypatch.setattr(bench_fused, "CPU_SECONDS", 1e-6)
+    for options in (["--seqlens", "16"], ["--seqlens", "16", "--full"]):
+        result = invoke(*SMALL, *options, "--format", "json")
+        record = json.loads(result.stdout)
+        is_said = "--full" not in options
+        assert ("estimated_seconds" in record) == is_said
+        assert result.stderr.count("This takes about 0 minutes on this CPU, by estimate.") == is_said
+        assert [row["seqlen"] for row in record["rows"]] == [16] * 4
+
+
+def test_mfu_is_of_the_better_product_before_and_after_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = session.measure_ceilings
+
+    def faster(*arguments: Any) -> Ceilings:
+        ceilings = measure(*arguments)
+        return replace(ceilings, matmul_flops_per_s=100 * ceilings.matmul_flops_per_s)
+
+    monkeypatch.setattr(session, "measure_ceilings", faster)  # the second time; the first is the command's
+    record = record_of(*SMALL, "--seqlens", "16")
+    peak = record["peak"]["flops_per_s"]
+    assert peak == record["ceilings"]["matmul_flops_per_s"]
+    for row in record["rows"]:
+        assert row["mfu"] == pytest.approx(row["tflops"] * 1e12 / peak)
 
 
 @pytest.mark.parametrize(

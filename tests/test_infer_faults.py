@@ -54,6 +54,7 @@ def tiny(root: Path, *arguments: object) -> list[object]:
         (["--host-cache-gb", "inf"], "--host-cache-gb"),
         (["--host-cache-gb", "nan"], "--host-cache-gb"),
         (["--predictions-out", "same", "--output-json", "same"], "same file"),
+        (["--no-kv-cache", "--append-impl", "torch"], "need the cache: drop --no-kv-cache"),
     ],
 )
 def test_wrong_command_lines_exit_2(root: Path, arguments: list[object], message: str) -> None:
@@ -194,7 +195,10 @@ def test_verbose_shows_where_an_error_came_from(root: Path) -> None:
     assert "Traceback" in result.stderr
 
 
-def test_ctrl_c_reports_what_is_finished_and_leaves_no_half_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
+def test_an_interruption_reports_what_is_finished_and_leaves_no_half_file(
+    number: int, exit_code: int, tmp_path: Path
+) -> None:
     prepare_synthetic(tmp_path, SyntheticOptions(num_users=50, num_events=400))
     arguments = tiny(tmp_path, "--batch-size", 2, "--dump-logits", "--format", "json")
     arguments += ["--predictions-out", tmp_path / "p.parquet", "--output-json", tmp_path / "record.json"]
@@ -204,10 +208,10 @@ def test_ctrl_c_reports_what_is_finished_and_leaves_no_half_file(tmp_path: Path)
     ) as process:  # fmt: skip
         for line in process.stderr:
             if line.startswith("batch 3:"):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
                 break
         stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == exit_code
     assert "Traceback" not in stderr
     record = json.loads(stdout)
     assert (record["status"], record["reasons"]) == ("invalid", ["interrupted"])

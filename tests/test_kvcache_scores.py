@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ import torch
 from conftest import SAMPLE_MD5
 from support.cli import failure_of, invoke, record_of
 from support.deferred import DeferredBackend
+from support.implementations import PLACES, every_device
 
-from hstu_cli.backend import Backend
+from hstu_cli.backend import Backend, backend_of
 from hstu_cli.bench.requests import RequestSource
 from hstu_cli.bench.setup import random_model_for
 from hstu_cli.bench.verify import CacheVerifier
@@ -30,6 +33,8 @@ from hstu_cli.model.tokens import UserRequest
 
 CONFIG = dataclasses.replace(MODEL_PRESETS["tiny"], max_history=32, max_candidates=12)
 MOST_TOKENS = CONFIG.max_history_tokens
+
+everywhere = pytest.mark.parametrize(("impl", "device"), PLACES)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def scores(engine: InferenceEngine, batches: list[list[UserRequest]], batch_size
     for batch in batches:
         for start in range(0, len(batch), batch_size):
             result = engine.step(batch[start : start + batch_size])
-            found += [result.logits.ravel(), result.last_hidden.float().numpy().ravel()]
+            found += [result.logits.ravel(), result.last_hidden.float().cpu().numpy().ravel()]
             if engine.cache:
                 engine.cache.check_invariants()
     return np.concatenate(found)
@@ -67,22 +72,31 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+Baseline = Callable[[str, str, torch.dtype, int], np.ndarray]
+
+
 @pytest.fixture(scope="module")
-def baseline(dataset: PreparedDataset, model: RankingModel) -> dict[tuple[torch.dtype, int], np.ndarray]:
+def baseline(dataset: PreparedDataset, model: RankingModel) -> Baseline:
     """Uncached scores; a batch of one gives last rows in another order than one of sixteen."""
     batches = requests_of(dataset, CONFIG)
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        engine = InferenceEngine(with_dtype(model, dtype), "blocked")
-        for batch_size in (1, 16):
-            found[dtype, batch_size] = scores(engine, batches, batch_size)
-    return found
+
+    @functools.cache
+    def uncached(impl: str, device: str, dtype: torch.dtype, batch_size: int) -> np.ndarray:
+        return scores(InferenceEngine(placed(model, device, dtype), impl), batches, batch_size)
+
+    return uncached
 
 
-def with_dtype(model: RankingModel, dtype: torch.dtype) -> RankingModel:
-    return copy.deepcopy(model).to(dtype)
+def placed(model: RankingModel, device: str, dtype: torch.dtype = torch.float32) -> RankingModel:
+    return copy.deepcopy(model).to(device, dtype)
 
 
+def backend_on(device: str) -> Backend:
+    """A CPU whose copies happen as late as the protocol allows, or the device itself."""
+    return DeferredBackend() if device == "cpu" else backend_of(torch.device(device))
+
+
+@everywhere
 @pytest.mark.parametrize("batch_size", [1, 16])
 @pytest.mark.parametrize("host", [False, True], ids=["device", "host"])
 @pytest.mark.parametrize("pool", ["ample", "small"])
@@ -91,7 +105,9 @@ def with_dtype(model: RankingModel, dtype: torch.dtype) -> RankingModel:
 def test_cached_scores_are_the_uncached_ones(
     dataset: PreparedDataset,
     model: RankingModel,
-    baseline: dict[tuple[torch.dtype, int], np.ndarray],
+    baseline: Baseline,
+    impl: str,
+    device: str,
     dtype: torch.dtype,
     page_size: int,
     pool: str,
@@ -102,14 +118,14 @@ def test_cached_scores_are_the_uncached_ones(
     num_pages = pages_of_user * (20 if pool == "ample" else 2)
     host_bytes = 10 * pages_of_user * page_size * kv_bytes_per_token(CONFIG, dtype) if host else 0
     sizes = KVCacheConfig(num_pages, page_size, host_bytes, verify_host=True)
-    cache = KVCacheManager(sizes, CONFIG, dtype, DeferredBackend())
-    engine = InferenceEngine(with_dtype(model, dtype), "blocked", cache)
+    cache = KVCacheManager(sizes, CONFIG, dtype, backend_on(device))
+    engine = InferenceEngine(placed(model, device, dtype), impl, cache)
     cached = scores(engine, requests_of(dataset, CONFIG), batch_size)
-    uncached = baseline[dtype, batch_size]
+    uncached = baseline(impl, device, dtype, batch_size)
     if dtype == torch.float32:
         assert relative(cached, uncached) < 1e-5
     else:
-        exact = baseline[torch.float32, batch_size]
+        exact = baseline(impl, device, torch.float32, batch_size)
         assert relative(cached, exact) <= 2 * relative(uncached, exact)
     counters = cache.counters
     assert counters.device_hit_tokens > 0 or pool == "small"
@@ -119,56 +135,68 @@ def test_cached_scores_are_the_uncached_ones(
     assert counters.corrupt_drops == counters.stale_drops == counters.uncached_requests == 0
 
 
-def test_one_user_twice_in_a_batch_is_right(dataset: PreparedDataset, model: RankingModel) -> None:
-    source = RequestSource(dataset, CONFIG)
+@everywhere
+def test_one_user_twice_in_a_batch_is_right(
+    dataset: PreparedDataset, model: RankingModel, impl: str, device: str
+) -> None:
+    source, placed_model = RequestSource(dataset, CONFIG), placed(model, device)
     user = source.timeline.user_id[0]
     mine = [source.request(i) for i in range(len(source)) if source.timeline.user_id[i] == user][:3]
-    cache = KVCacheManager(KVCacheConfig(100), CONFIG, torch.float32, Backend())
-    together = InferenceEngine(model, "blocked", cache).step([mine[1], mine[0], mine[2]])
-    alone = InferenceEngine(model, "blocked").step([mine[1], mine[0], mine[2]])
+    cache = KVCacheManager(KVCacheConfig(100), CONFIG, torch.float32, backend_on(device))
+    together = InferenceEngine(placed_model, impl, cache).step([mine[1], mine[0], mine[2]])
+    alone = InferenceEngine(placed_model, impl).step([mine[1], mine[0], mine[2]])
     assert relative(together.logits, alone.logits) < 1e-5
     assert together.has_last.tolist() == alone.has_last.tolist()
 
 
-def test_requests_larger_than_the_pool_run_uncached(dataset: PreparedDataset, model: RankingModel) -> None:
-    batches = requests_of(dataset, CONFIG)
-    cache = KVCacheManager(KVCacheConfig(num_pages=2, page_size=16), CONFIG, torch.float32, Backend())
-    cached = scores(InferenceEngine(model, "blocked", cache), batches, 16)
-    assert relative(cached, scores(InferenceEngine(model, "blocked"), batches, 16)) < 1e-5
+@everywhere
+def test_requests_larger_than_the_pool_run_uncached(
+    dataset: PreparedDataset, model: RankingModel, impl: str, device: str
+) -> None:
+    batches, placed_model = requests_of(dataset, CONFIG), placed(model, device)
+    cache = KVCacheManager(KVCacheConfig(num_pages=2, page_size=16), CONFIG, torch.float32, backend_on(device))
+    cached = scores(InferenceEngine(placed_model, impl, cache), batches, 16)
+    assert relative(cached, scores(InferenceEngine(placed_model, impl), batches, 16)) < 1e-5
     assert cache.counters.uncached_requests > 0
 
 
+@everywhere
 @pytest.mark.parametrize("how", ["in place", "replaced"])
-def test_weights_that_change_midway_are_noticed(dataset: PreparedDataset, model: RankingModel, how: str) -> None:
+def test_weights_that_change_midway_are_noticed(
+    dataset: PreparedDataset, model: RankingModel, impl: str, device: str, how: str
+) -> None:
     batches = requests_of(dataset, CONFIG)[:12]
-    other = random_model_for(dataset, CONFIG, Backend(), seed=1).state_dict()
-    changing = with_dtype(model, torch.float32)
-    cache = KVCacheManager(KVCacheConfig(500), CONFIG, torch.float32, Backend())
-    engine = InferenceEngine(changing, "blocked", cache)
+    other = placed(random_model_for(dataset, CONFIG, Backend(), seed=1), device).state_dict()
+    changing = placed(model, device)
+    cache = KVCacheManager(KVCacheConfig(500), CONFIG, torch.float32, backend_on(device))
+    engine = InferenceEngine(changing, impl, cache)
     scores(engine, batches[:10], 16)
     changing.load_state_dict(other, assign=how == "replaced")
-    fresh = InferenceEngine(changing, "blocked")
+    fresh = InferenceEngine(changing, impl)
     assert relative(scores(engine, batches[10:], 16), scores(fresh, batches[10:], 16)) < 1e-5
     assert cache.counters.stale_drops > 0
 
 
-def test_a_step_that_fails_leaves_the_cache_usable(dataset: PreparedDataset, model: RankingModel) -> None:
-    batches = requests_of(dataset, CONFIG)
-    cache = KVCacheManager(KVCacheConfig(500), CONFIG, torch.float32, Backend())
-    engine = InferenceEngine(model, "blocked", cache)
+@everywhere
+def test_a_step_that_fails_leaves_the_cache_usable(
+    dataset: PreparedDataset, model: RankingModel, impl: str, device: str
+) -> None:
+    batches, placed_model = requests_of(dataset, CONFIG), placed(model, device)
+    cache = KVCacheManager(KVCacheConfig(500), CONFIG, torch.float32, backend_on(device))
+    engine = InferenceEngine(placed_model, impl, cache)
     engine.step(batches[0])
     users = set(cache.device.users())
 
     def fail(*arguments: object) -> None:
         raise RuntimeError("the second layer fails")
 
-    handle = model.layers[1].register_forward_pre_hook(fail)
+    handle = placed_model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="second layer"):
         engine.step(batches[1])
     handle.remove()
     cache.check_invariants()
     assert set(cache.device.users()) <= users, "nothing of the step that failed is cached"
-    uncached = InferenceEngine(model, "blocked").step(batches[1]).logits
+    uncached = InferenceEngine(placed_model, impl).step(batches[1]).logits
     assert relative(engine.step(batches[1]).logits, uncached) < 1e-5
 
 
@@ -176,8 +204,9 @@ def infer(dataset: PreparedDataset, *arguments: object) -> list[object]:
     return ["infer", "--config", "tiny", "--data-root", dataset.path.parent, "--steps", 12, *arguments]
 
 
-def test_infer_verifies_its_cache(dataset: PreparedDataset) -> None:
-    arguments = ["--verify-cache", 3, "--num-pages", 20, "--host-cache-gb", 0.01, "--batch-size", 4]
+@every_device
+def test_infer_verifies_its_cache(dataset: PreparedDataset, device: str) -> None:
+    arguments = ["--device", device, "--verify-cache", 3, "--num-pages", 20, "--host-cache-gb", 0.01, "--batch-size", 4]
     for dtype in ("fp32", "bf16"):
         record = record_of(*infer(dataset, *arguments, "--dtype", dtype))
         cache = record["kv_cache"]
@@ -245,20 +274,23 @@ def sample(sample_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Pr
 
 
 def predictions(dataset: PreparedDataset, path: Path, *arguments: object) -> np.ndarray:
-    record_of("infer", "--config", "tiny", "--data-root", dataset.path.parent, "--predictions-out", path, *arguments)
+    options = ["--config", "tiny", "--data-root", dataset.path.parent, "--dtype", "fp32", "--predictions-out", path]
+    record_of("infer", *options, *arguments)
     table = pq.read_table(path)
     return np.stack([table[name].to_numpy() for name in table.column_names if name.startswith("logit")])
 
 
-def test_three_hundred_real_users(sample: PreparedDataset, tmp_path: Path) -> None:
+@every_device
+def test_three_hundred_real_users(sample: PreparedDataset, tmp_path: Path, device: str) -> None:
     users = slice_of(sample, tmp_path, 300)
-    uncached = predictions(users, tmp_path / "uncached.parquet", "--no-kv-cache")
+    uncached = predictions(users, tmp_path / "uncached.parquet", "--device", device, "--no-kv-cache")
     for arguments in (["--batch-size", 16], ["--num-pages", 40, "--host-cache-gb", 0.01]):
-        cached = predictions(users, tmp_path / "cached.parquet", *arguments)
+        cached = predictions(users, tmp_path / "cached.parquet", "--device", device, *arguments)
         assert relative(cached, uncached) < 1e-5
 
 
 @pytest.mark.slow
-def test_the_whole_sample(sample: PreparedDataset, tmp_path: Path) -> None:
-    uncached = predictions(sample, tmp_path / "uncached.parquet", "--no-kv-cache")
-    assert relative(predictions(sample, tmp_path / "cached.parquet"), uncached) < 1e-5
+@every_device
+def test_the_whole_sample(sample: PreparedDataset, tmp_path: Path, device: str) -> None:
+    uncached = predictions(sample, tmp_path / "uncached.parquet", "--device", device, "--no-kv-cache")
+    assert relative(predictions(sample, tmp_path / "cached.parquet", "--device", device), uncached) < 1e-5

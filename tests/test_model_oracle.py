@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.implementations import IMPLEMENTATIONS
+from support.implementations import EXACT, TRITON_ON_GPU, every_device
 from support.oracle import CONTEXTUAL_FEATURES, SMALL_CONFIG, Config, Oracle, OracleRequest, random_state
 
 from hstu_cli.errors import InputError
@@ -38,7 +38,7 @@ TABLES = {
 }
 CONTEXTS = {"six": CONTEXTUAL_FEATURES, "none": [], "two": ["register_days_range", "user_id"]}
 
-every_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS[:-1])  # triton has no float64
+every_implementation = pytest.mark.parametrize(("impl", "device"), EXACT)
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +51,11 @@ def _one_thread():
 
 
 def make_model(
-    state: dict[str, np.ndarray], config: Config, folder: Path, dtype: torch.dtype = torch.float64
+    state: dict[str, np.ndarray], config: Config, folder: Path, device: str, dtype: torch.dtype = torch.float64
 ) -> RankingModel:
     path = folder / "state.safetensors"
     save_file({name: torch.from_numpy(array) for name, array in state.items()}, path)
-    return load_checkpoint(path, config=ModelConfig.from_dict(config), dtype=dtype)
+    return load_checkpoint(path, config=ModelConfig.from_dict(config), device=device, dtype=dtype)
 
 
 def make_requests(config: Config, tables: dict, shapes: Sequence[tuple[int, int]], seed: int) -> list[OracleRequest]:
@@ -91,16 +91,18 @@ def check_step(model: RankingModel, impl: str, oracle: Oracle, requests: Sequenc
     np.testing.assert_allclose(step.logits, np.concatenate([r.logits for r in results]), rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(step.has_last, [r.num_before > 0 for r in results])
     last = np.array([r.hidden[r.num_before - 1] for r in results if r.num_before]).reshape(-1, model.config.hidden_dim)
-    np.testing.assert_allclose(step.last_hidden.numpy(), last, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(step.last_hidden.cpu().numpy(), last, rtol=1e-11, atol=1e-12)
 
 
 @every_implementation
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("tables", TABLES)
-def test_every_request_scores_as_the_oracle_says(tables: str, context: str, impl: str, tmp_path: Path) -> None:
+def test_every_request_scores_as_the_oracle_says(
+    tables: str, context: str, impl: str, device: str, tmp_path: Path
+) -> None:
     config = {**SMALL_CONFIG, "contextual_features": CONTEXTS[context]}
     state = random_state(config, TABLES[tables], seed=1)
-    model, oracle = make_model(state, config, tmp_path), Oracle(state, config)
+    model, oracle = make_model(state, config, tmp_path, device), Oracle(state, config)
     shapes = [(events, candidates) for events in HISTORY_LENGTHS for candidates in CANDIDATE_COUNTS]
     requests = make_requests(config, TABLES[tables], shapes, seed=2)
     check_step(model, impl, oracle, requests)
@@ -109,19 +111,19 @@ def test_every_request_scores_as_the_oracle_says(tables: str, context: str, impl
 
 
 @every_implementation
-def test_a_hundred_candidates_beside_other_requests(impl: str, tmp_path: Path) -> None:
+def test_a_hundred_candidates_beside_other_requests(impl: str, device: str, tmp_path: Path) -> None:
     state = random_state(SMALL_CONFIG, KEYED, seed=3)
     requests = make_requests(SMALL_CONFIG, KEYED, [(3, 0), (24, 100), (0, 6), (8, 1)], seed=4)
-    check_step(make_model(state, SMALL_CONFIG, tmp_path), impl, Oracle(state, SMALL_CONFIG), requests)
+    check_step(make_model(state, SMALL_CONFIG, tmp_path, device), impl, Oracle(state, SMALL_CONFIG), requests)
 
 
 @every_implementation
 @pytest.mark.parametrize("buckets", [1, 7, 22])
-def test_positions_stop_at_the_last_bucket(buckets: int, impl: str, tmp_path: Path) -> None:
+def test_positions_stop_at_the_last_bucket(buckets: int, impl: str, device: str, tmp_path: Path) -> None:
     config = {**SMALL_CONFIG, "position_buckets": buckets}
     state = random_state(config, KEYED, seed=5)
     requests = make_requests(config, KEYED, [(0, 3), (1, 3), (8, 3), (9, 6)], seed=6)
-    check_step(make_model(state, config, tmp_path), impl, Oracle(state, config), requests)
+    check_step(make_model(state, config, tmp_path, device), impl, Oracle(state, config), requests)
 
 
 @every_implementation
@@ -135,25 +137,29 @@ def test_positions_stop_at_the_last_bucket(buckets: int, impl: str, tmp_path: Pa
     ],
     ids=str,
 )
-def test_other_shapes_of_model(changes: dict, impl: str, tmp_path: Path) -> None:
+def test_other_shapes_of_model(changes: dict, impl: str, device: str, tmp_path: Path) -> None:
     config = {**SMALL_CONFIG, **changes}
     state = random_state(config, KEYED, seed=7)
     requests = make_requests(config, KEYED, [(5, 3), (13, 2)], seed=8)
-    check_step(make_model(state, config, tmp_path), impl, Oracle(state, config), requests)
+    check_step(make_model(state, config, tmp_path, device), impl, Oracle(state, config), requests)
 
 
-def test_ids_without_a_row_take_the_default_row_or_zeros(tmp_path: Path) -> None:
+@every_device
+def test_ids_without_a_row_take_the_default_row_or_zeros(device: str, tmp_path: Path) -> None:
     unknown = OracleRequest([99, 0, 0, 0, 0, 0], [98, 700], [77, 1], [97, -1, 2**62, 5])
     for tables, folder in (("keys", tmp_path / "with"), ("keys without default rows", tmp_path / "without")):
         folder.mkdir()
         state = random_state(SMALL_CONFIG, TABLES[tables], seed=9)
-        check_step(make_model(state, SMALL_CONFIG, folder), "blocked", Oracle(state, SMALL_CONFIG), [unknown])
+        check_step(make_model(state, SMALL_CONFIG, folder, device), "blocked", Oracle(state, SMALL_CONFIG), [unknown])
 
 
+@every_device
 @pytest.mark.parametrize("field", ["user_id", "fans_user_num_range", "video_id", "candidate", "action_weights"])
 @pytest.mark.parametrize("outside", [-1, 256, 2**40])
-def test_an_id_outside_a_table_without_keys_is_an_input_error(field: str, outside: int, tmp_path: Path) -> None:
-    model = make_model(random_state(SMALL_CONFIG, TABLES["no keys"], seed=10), SMALL_CONFIG, tmp_path)
+def test_an_id_outside_a_table_without_keys_is_an_input_error(
+    field: str, outside: int, device: str, tmp_path: Path
+) -> None:
+    model = make_model(random_state(SMALL_CONFIG, TABLES["no keys"], seed=10), SMALL_CONFIG, tmp_path, device)
     request = OracleRequest([0] * 6, [1, 2], [1, 255], [3] * 11)  # the candidate lies in the last of three chunks
     match field:
         case "video_id":
@@ -173,9 +179,11 @@ def round_to(dtype: torch.dtype):
     return lambda values: torch.from_numpy(np.asarray(values)).to(dtype).double().numpy()
 
 
-@every_implementation
+@pytest.mark.parametrize(("impl", "device"), [*EXACT, TRITON_ON_GPU])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_narrow_dtypes_err_as_plain_formulas_in_that_dtype(dtype: torch.dtype, impl: str, tmp_path: Path) -> None:
+def test_narrow_dtypes_err_as_plain_formulas_in_that_dtype(
+    dtype: torch.dtype, impl: str, device: str, tmp_path: Path
+) -> None:
     rounding = round_to(dtype)
     state = {
         name: array if array.dtype == np.int64 else rounding(array).astype(np.float32)
@@ -186,12 +194,12 @@ def test_narrow_dtypes_err_as_plain_formulas_in_that_dtype(dtype: torch.dtype, i
         [oracle.run(request) for request in requests]
         for oracle in (Oracle(state, SMALL_CONFIG), Oracle(state, SMALL_CONFIG, rounding))
     )
-    model = make_model(state, SMALL_CONFIG, tmp_path, dtype)
+    model = make_model(state, SMALL_CONFIG, tmp_path, device, dtype)
     step = InferenceEngine(model, impl=impl).step([to_user_request(request) for request in requests])
     assert step.last_hidden.dtype == dtype
     quantities = {
         "logits": (lambda result: result.logits, step.logits),
-        "last rows": (lambda result: result.hidden[[result.num_before - 1]], step.last_hidden.double().numpy()),
+        "last rows": (lambda result: result.hidden[[result.num_before - 1]], step.last_hidden.double().cpu().numpy()),
     }
     for name, (of_result, actual) in quantities.items():
         expected, plain = (np.concatenate([of_result(result) for result in results]) for results in (exact, narrow))
@@ -206,8 +214,10 @@ def test_narrow_dtypes_err_as_plain_formulas_in_that_dtype(dtype: torch.dtype, i
 
 @every_implementation
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_a_request_scores_the_same_alone_and_in_a_batch(dtype: torch.dtype, impl: str, tmp_path: Path) -> None:
-    model = make_model(random_state(SMALL_CONFIG, KEYED, seed=13), SMALL_CONFIG, tmp_path, dtype)
+def test_a_request_scores_the_same_alone_and_in_a_batch(
+    dtype: torch.dtype, impl: str, device: str, tmp_path: Path
+) -> None:
+    model = make_model(random_state(SMALL_CONFIG, KEYED, seed=13), SMALL_CONFIG, tmp_path, device, dtype)
     shapes = [(24, 1), (0, 0), (0, 13), (8, 6), (1, 5), (9, 0)]
     requests = [to_user_request(request) for request in make_requests(SMALL_CONFIG, KEYED, shapes, seed=14)]
     engine = InferenceEngine(model, impl=impl)
@@ -221,13 +231,13 @@ def test_a_request_scores_the_same_alone_and_in_a_batch(dtype: torch.dtype, impl
 
 
 @every_implementation
-def test_chunks_of_candidates_change_nothing(impl: str, tmp_path: Path) -> None:
+def test_chunks_of_candidates_change_nothing(impl: str, device: str, tmp_path: Path) -> None:
     state = random_state(SMALL_CONFIG, KEYED, seed=15)
     shapes = [(24, 13), (0, 7), (3, 0)]
     requests = [to_user_request(request) for request in make_requests(SMALL_CONFIG, KEYED, shapes, seed=16)]
     steps = []
     for limit in (100, 1, 4, 13):
-        model = make_model(state, {**SMALL_CONFIG, "max_candidates": limit}, tmp_path)
+        model = make_model(state, {**SMALL_CONFIG, "max_candidates": limit}, tmp_path, device)
         steps.append(InferenceEngine(model, impl=impl).step(requests))
     assert steps[0].logits.shape == (20, 8)
     for step in steps[1:]:
@@ -237,9 +247,11 @@ def test_chunks_of_candidates_change_nothing(impl: str, tmp_path: Path) -> None:
 
 @every_implementation
 @pytest.mark.parametrize("buckets", [64, 9])
-def test_a_history_item_has_the_row_of_a_lone_candidate_at_its_moment(buckets: int, impl: str, tmp_path: Path) -> None:
+def test_a_history_item_has_the_row_of_a_lone_candidate_at_its_moment(
+    buckets: int, impl: str, device: str, tmp_path: Path
+) -> None:
     config = {**SMALL_CONFIG, "position_buckets": buckets}
-    model = make_model(random_state(config, KEYED, seed=17), config, tmp_path)
+    model = make_model(random_state(config, KEYED, seed=17), config, tmp_path, device)
     (whole,) = make_requests(config, KEYED, [(8, 0)], seed=18)
     moments = [
         dataclasses.replace(whole, history=whole.history[:i], actions=whole.actions[:i], candidates=[whole.history[i]])
@@ -247,9 +259,9 @@ def test_a_history_item_has_the_row_of_a_lone_candidate_at_its_moment(buckets: i
     ]
     batch = build_token_batch(model.config, [to_user_request(request) for request in [whole, *moments]])
     with torch.no_grad():
-        hidden = model(batch, JaggedAttention(model.config, batch.plan(), impl))
+        hidden = model(batch.to(device), JaggedAttention(model.config, batch.plan(device), impl))
     items_of_whole = hidden[6 : 6 + 16 : 2]
-    torch.testing.assert_close(items_of_whole, hidden[batch.candidate_rows()], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(items_of_whole, hidden[batch.candidate_rows().to(device)], rtol=1e-11, atol=1e-12)
     assert (items_of_whole.std(0) > 0.01).all()
 
 
@@ -257,25 +269,26 @@ def last_rows(model: RankingModel, requests: Sequence[OracleRequest]) -> torch.T
     return InferenceEngine(model).step([to_user_request(request) for request in requests]).last_hidden
 
 
+@every_device
 @pytest.mark.parametrize("tables", TABLES)
-def test_next_items_are_ranked_as_the_oracle_says(tables: str, tmp_path: Path) -> None:
+def test_next_items_are_ranked_as_the_oracle_says(tables: str, device: str, tmp_path: Path) -> None:
     state = random_state(SMALL_CONFIG, TABLES[tables], seed=19)
     requests = make_requests(SMALL_CONFIG, TABLES[tables], [(0, 0), (4, 1), (24, 6)], seed=20)
-    model = make_model(state, SMALL_CONFIG, tmp_path)
+    model = make_model(state, SMALL_CONFIG, tmp_path, device)
     results = [Oracle(state, SMALL_CONFIG).run(request) for request in requests]
     rows = last_rows(model, requests)
     scores = np.array([list(result.item_scores.values()) for result in results])
-    np.testing.assert_allclose(model.next_item_scores(rows).detach().numpy(), scores, rtol=1e-10)
+    np.testing.assert_allclose(model.next_item_scores(rows).detach().cpu().numpy(), scores, rtol=1e-10)
     ids = [*VIDEO_IDS, *range(12), 99, 2**62, -1]
     for row, result in zip(rows, results, strict=True):
-        ranks = model.next_item_rank(row.expand(len(ids), -1), torch.tensor(ids))
+        ranks = model.next_item_rank(row.expand(len(ids), -1), torch.tensor(ids, device=device))
         assert ranks.dtype == torch.int64
         assert ranks.tolist() == [result.rank(raw_id) for raw_id in ids]
         assert set(ranks.tolist()) == set(range(len(result.item_scores) + 1))
     for k in (1, 4, scores.shape[1]):
         best, best_scores = model.next_item_top_k(rows, k)
         assert best.tolist() == [result.best_items()[:k] for result in results]
-        np.testing.assert_allclose(best_scores, -np.sort(-scores, axis=1)[:, :k], rtol=1e-10)
+        np.testing.assert_allclose(best_scores.cpu(), -np.sort(-scores, axis=1)[:, :k], rtol=1e-10)
 
 
 def state_with_ties() -> dict[str, np.ndarray]:
@@ -287,47 +300,51 @@ def state_with_ties() -> dict[str, np.ndarray]:
     return state
 
 
-def test_equal_items_rank_in_the_order_of_the_table(tmp_path: Path) -> None:
+@every_device
+def test_equal_items_rank_in_the_order_of_the_table(device: str, tmp_path: Path) -> None:
     state = state_with_ties()
     requests = make_requests(SMALL_CONFIG, KEYED, [(0, 0), (4, 1), (24, 6)], seed=22)
-    model = make_model(state, SMALL_CONFIG, tmp_path)
+    model = make_model(state, SMALL_CONFIG, tmp_path, device)
     for row, request in zip(last_rows(model, requests), requests, strict=True):
         result = Oracle(state, SMALL_CONFIG).run(request)
-        ranks = model.next_item_rank(row.expand(12, -1), torch.tensor(VIDEO_IDS)).tolist()
+        ranks = model.next_item_rank(row.expand(12, -1), torch.tensor(VIDEO_IDS, device=device)).tolist()
         assert ranks == [result.rank(raw_id) for raw_id in VIDEO_IDS]
 
 
-def test_the_top_k_orders_equal_items_as_their_ranks_do(tmp_path: Path) -> None:
+@every_device
+def test_the_top_k_orders_equal_items_as_their_ranks_do(device: str, tmp_path: Path) -> None:
     state = state_with_ties()
     requests = make_requests(SMALL_CONFIG, KEYED, [(0, 0), (4, 1), (24, 6)], seed=22)
-    model = make_model(state, SMALL_CONFIG, tmp_path)
+    model = make_model(state, SMALL_CONFIG, tmp_path, device)
     best, _ = model.next_item_top_k(last_rows(model, requests), 11)
     assert best.tolist() == [Oracle(state, SMALL_CONFIG).run(request).best_items() for request in requests]
 
 
+@every_device
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_items", [5, 33])
 def test_the_rank_among_equal_items_does_not_depend_on_the_batch(
-    num_items: int, dtype: torch.dtype, tmp_path: Path
+    num_items: int, dtype: torch.dtype, device: str, tmp_path: Path
 ) -> None:
     # Items that were never trained share one row; a score that differs in its last bit would order them at random.
     config = {**SMALL_CONFIG, "hidden_dim": 64}
     state = random_state(config, {**KEYED, "video_id": num_items}, seed=23)
     state["embeddings.video_id.weight"][:] = state["embeddings.video_id.weight"][0]
-    model = make_model(state, config, tmp_path, dtype)
-    rows = torch.randn(30, 64, dtype=dtype)
-    targets = torch.full((30,), num_items - 1)
+    model = make_model(state, config, tmp_path, device, dtype)
+    rows = torch.randn(30, 64, dtype=dtype).to(device)
+    targets = torch.full((30,), num_items - 1, device=device)
     alone = [model.next_item_rank(rows[i : i + 1], targets[:1]).item() for i in range(30)]
     assert alone == model.next_item_rank(rows, targets).tolist() == [num_items] * 30
 
 
+@every_device
 @pytest.mark.parametrize(("vocabulary_chunk", "score_elements"), [(3, 1), (1, 25), (11, 10**6), (5, 11)])
 def test_chunks_of_the_vocabulary_change_nothing(
-    vocabulary_chunk: int, score_elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vocabulary_chunk: int, score_elements: int, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_model(state_with_ties(), SMALL_CONFIG, tmp_path)
-    rows = torch.randn(12, 16, dtype=torch.float64)
-    targets = torch.tensor(VIDEO_IDS)
+    model = make_model(state_with_ties(), SMALL_CONFIG, tmp_path, device)
+    rows = torch.randn(12, 16, dtype=torch.float64).to(device)
+    targets = torch.tensor(VIDEO_IDS, device=device)
 
     def outcome() -> list[torch.Tensor]:
         with torch.no_grad():
@@ -344,32 +361,35 @@ def test_chunks_of_the_vocabulary_change_nothing(
         torch.testing.assert_close(after, before, rtol=1e-13, atol=1e-13)
 
 
-def test_nothing_before_the_candidates_means_no_prediction(tmp_path: Path) -> None:
+@every_device
+def test_nothing_before_the_candidates_means_no_prediction(device: str, tmp_path: Path) -> None:
     config = {**SMALL_CONFIG, "contextual_features": []}
     state = random_state(config, KEYED, seed=24)
-    model = make_model(state, config, tmp_path)
+    model = make_model(state, config, tmp_path, device)
     requests = make_requests(config, KEYED, [(0, 6), (2, 6), (0, 0)], seed=25)
     step = InferenceEngine(model).step([to_user_request(request) for request in requests])
     assert step.has_last.tolist() == [False, True, False]
     assert step.last_hidden.shape == (1, 16)
     only_first = InferenceEngine(model).step([to_user_request(requests[0])])
     assert only_first.last_hidden.shape == (0, 16)
-    assert model.next_item_rank(only_first.last_hidden, torch.empty(0, dtype=torch.int64)).tolist() == []
+    assert model.next_item_rank(only_first.last_hidden, torch.empty(0, dtype=torch.int64, device=device)).tolist() == []
 
 
-def test_a_table_of_only_the_default_row_has_no_items(tmp_path: Path) -> None:
+@every_device
+def test_a_table_of_only_the_default_row_has_no_items(device: str, tmp_path: Path) -> None:
     state = random_state(SMALL_CONFIG, {**KEYED, "video_id": [-1]}, seed=26)
-    model = make_model(state, SMALL_CONFIG, tmp_path)
+    model = make_model(state, SMALL_CONFIG, tmp_path, device)
     rows = last_rows(model, [OracleRequest([0] * 6, [3], [1], [5])])
     assert len(model.vocabulary) == 0
-    assert model.next_item_rank(rows, torch.tensor([5])).tolist() == [0]
+    assert model.next_item_rank(rows, torch.tensor([5], device=device)).tolist() == [0]
 
 
-def test_a_row_that_is_not_finite_is_never_a_hit(tmp_path: Path) -> None:
+@every_device
+def test_a_row_that_is_not_finite_is_never_a_hit(device: str, tmp_path: Path) -> None:
     # Narrow dtypes overflow; a comparison with NaN is false, which must not read as "no item is better".
-    model = make_model(random_state(SMALL_CONFIG, KEYED, seed=27), SMALL_CONFIG, tmp_path)
-    rows = torch.randn(3, 16, dtype=torch.float64)
-    clean = model.next_item_rank(rows, torch.tensor([3, 3, 3]))
+    model = make_model(random_state(SMALL_CONFIG, KEYED, seed=27), SMALL_CONFIG, tmp_path, device)
+    rows = torch.randn(3, 16, dtype=torch.float64).to(device)
+    clean = model.next_item_rank(rows, torch.tensor([3, 3, 3], device=device))
     rows[1, 4] = torch.nan
-    ranks = model.next_item_rank(rows, torch.tensor([3, 3, 3]))
+    ranks = model.next_item_rank(rows, torch.tensor([3, 3, 3], device=device))
     assert ranks.tolist() == [clean[0], 0, clean[2]]

@@ -42,6 +42,8 @@ torch.save(model.state_dict(), 'model.pt')
 LAYER = ["bench-layer", *ONE, "--history", "8,70", "--cached", "4", "--candidates", "0,3", "--batch-size", "1,2"]
 TRAIN = ["train", "--config", "tiny", "--epochs", "1", "--batch-size", "256", "--out", "trained"]
 TRAIN += ["--until", "2022-04-12", "--format", "json"]
+FUSED = ["bench-fused", "2", "--embedding-dim", "64", "--num-heads", "2", "--seqlens", "70,24", "--batch-size", "2"]
+FUSED += ["--jagged", "--num-iters", "1", "--num-iters-warmup", "0", "--format", "json"]
 E2E = ["bench-e2e", *ONE, "--history-step", "4", "--num-batches", "3", "--candidates", "3", "--num-users", "1,2"]
 
 JOBS: dict[str, dict[str, Any]] = {
@@ -50,11 +52,16 @@ JOBS: dict[str, dict[str, Any]] = {
     "cached": {"args": [*INFER, *NPU, *FP32, "--predictions-out", "cached.parquet"]},
     "host tier": {"args": [*INFER, *NPU, *FP32, *HOST_TIER, "--predictions-out", "host tier.parquet"]},
     "unpadded": {"args": [*INFER, *NPU, *FP32, "--predictions-out", "unpadded.parquet"], "unpadded": True},
+    "reference": {
+        "args": [*INFER, *NPU, *FP32, *HOST_TIER, "--impl", "reference", "--predictions-out", "reference.parquet"]
+    },
     "bf16, verified": {"args": [*INFER, *NPU, *HOST_TIER, "--verify-cache", "7"]},
     "bench-layer": {"args": [*LAYER, *NPU, "--cache-tier", "host", "--compare", "eager"]},
     "bench-layer, device tier": {"args": [*LAYER, *NPU]},
     "bench-e2e": {"args": [*E2E, *NPU]},
     "train": {"args": [*TRAIN, *NPU, *FP32]},
+    "bench-fused": {"args": [*FUSED, *NPU, "--compare", "eager"]},
+    "bench-fused, fp32": {"args": [*FUSED, *NPU, *FP32]},
     "save": {"code": SAVE_CHECKPOINT},
     "quick start": {"args": QUICK_START},
     "env": {"args": ["env", "--format", "json"]},
@@ -68,6 +75,7 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 ON_NPU = ["uncached", "cached", "host tier", "bf16, verified", "bench-layer", "bench-layer, device tier", "bench-e2e"]
+TRAINING = ["train", "bench-fused", "bench-fused, fp32"]
 REPLAYS = ["uncached", "cached", "host tier"]
 MEMORY_ALONE = {"copy_", "empty.memory_format", "empty_strided"}
 """Operators that allocate or move bytes, and are not prepared for a shape."""
@@ -86,7 +94,7 @@ def logits(home: Path, name: str) -> np.ndarray:
     return np.stack([table[f"logit_{task}"].to_numpy() for task in TASKS], 1)
 
 
-@pytest.mark.parametrize("name", [*ON_NPU, "train"])
+@pytest.mark.parametrize("name", [*ON_NPU, *TRAINING])
 def test_it_runs_and_says_on_what(outcomes: dict[str, Any], name: str) -> None:
     found = record(outcomes[name])
     assert found["status"] == "valid"
@@ -96,7 +104,7 @@ def test_it_runs_and_says_on_what(outcomes: dict[str, Any], name: str) -> None:
     assert device["dtype"] == ("fp32" if set(FP32) <= set(JOBS[name]["args"]) else "bf16")
 
 
-@pytest.mark.parametrize("name", [*REPLAYS, "unpadded"])
+@pytest.mark.parametrize("name", [*REPLAYS, "unpadded", "reference"])
 def test_scores_are_those_of_the_cpu(outcomes: dict[str, Any], name: str) -> None:
     record(outcomes["cpu"])
     expected, found = (logits(outcomes["home"], x) for x in ("cpu", name))
@@ -116,7 +124,7 @@ def test_the_host_tier_is_used(outcomes: dict[str, Any]) -> None:
     assert cache["verified"]["num_requests"] > 10
 
 
-@pytest.mark.parametrize("name", [*ON_NPU, "train"])
+@pytest.mark.parametrize("name", [*ON_NPU, *TRAINING])
 def test_no_operator_falls_back_to_the_cpu(outcomes: dict[str, Any], name: str) -> None:
     """Any other than a listed one is an error already; here the record itself is compared with the list."""
     record(outcomes[name])
@@ -128,12 +136,14 @@ def test_no_operator_falls_back_to_the_cpu(outcomes: dict[str, Any], name: str) 
 
 
 def test_the_documentation_lists_the_operators(outcomes: dict[str, Any]) -> None:
-    used = {
-        operator.removesuffix(".default") for name in ON_NPU for operator in outcomes[name]["recorded"]["operators"]
-    }
-    block = re.search(r"## Operators.*?```text\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
-    assert block is not None
-    assert block[1].split() == sorted(used)
+    """Those of inference in one block; what training uses beyond them in the next."""
+    inference, training = (
+        {x.removesuffix(".default") for name in names for x in outcomes[name]["recorded"]["operators"]}
+        for names in (ON_NPU, TRAINING)
+    )
+    section = re.search(r"## Operators\n(.*?)\n## ", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = [block.split() for block in re.findall(r"```text\n(.*?)```", section[1], re.DOTALL)]
+    assert blocks == [sorted(inference), sorted(training - inference)]
 
 
 @pytest.mark.parametrize("name", REPLAYS)
@@ -173,6 +183,18 @@ def test_eager_rows_and_skipped_graphs_are_reported(outcomes: dict[str, Any]) ->
     skipped = {row["variant"]: row.get("skipped") for row in rows}
     assert skipped["baseline"] is skipped["kvcache"] is None
     assert "NPUGraph" in skipped["kvcache+graph"]
+
+
+@pytest.mark.parametrize("name", ["bench-fused", "bench-fused, fp32"])
+def test_training_layers_are_measured(outcomes: dict[str, Any], name: str) -> None:
+    """Latency, gradients that are right, and the peaks that the device's allocator counts."""
+    rows = record(outcomes[name])["rows"]
+    assert [row["seqlen"] for row in rows] == [70] * (len(rows) // 2) + [24] * (len(rows) // 2)
+    assert {row["impl"] for row in rows} == ({"blocked"} if name.endswith("fp32") else {"blocked", "eager"})
+    assert not any("skipped" in row for row in rows)
+    assert max(row["gradient_error"] for row in rows) < (1e-5 if name.endswith("fp32") else 0.05)
+    peaks = {row["variant"]: row["peak_memory_bytes"] for row in rows if row["seqlen"] == 70 and row["impl"] != "eager"}
+    assert peaks["baseline"] > peaks["optimized"] > peaks["+layernorm_recompute"] > peaks["+silu_recompute"] > 0
 
 
 def test_the_quick_start_runs_word_for_word(outcomes: dict[str, Any]) -> None:

@@ -226,14 +226,14 @@ def test_a_kill_between_the_two_renames_loses_nothing(small: Archive, root: Path
     assert leftovers(root) == []
 
 
-def interrupt(process: "subprocess.Popen[str]") -> None:
-    """Ctrl-C, and what it must lead to."""
-    process.send_signal(signal.SIGINT)
+def interrupt(process: "subprocess.Popen[str]", number: int = signal.SIGINT) -> None:
+    """Ctrl-C or SIGTERM, and what it must lead to."""
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=PATIENCE_S)
     assert "Traceback" not in stderr, stderr[-2000:]
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert stdout == ""
-    assert stderr == "Interrupted.\n"
+    assert stderr == ("Terminated.\n" if number == signal.SIGTERM else "Interrupted.\n")
 
 
 @pytest.mark.parametrize("options", [[], ["--drop-duplicates"]], ids=["plain", "drop-duplicates"])
@@ -250,6 +250,17 @@ def test_an_interrupt_leaves_the_old_result(
     wait_for_scratch(root, moment, process)
     time.sleep(delay_s)
     interrupt(process)
+    assert prepared_bytes(root / NAME) == before
+    assert leftovers(root) == []
+
+
+@pytest.mark.parametrize(("moment", "delay_s"), [(FIRST_LOG, 0.0), ("*duckdb.wal", 0.05), ("sequences.parquet", 0.02)])
+def test_sigterm_leaves_the_old_result(moment: str, delay_s: float, large: Archive, root: Path) -> None:
+    before = prepared_bytes(root / NAME)
+    process = start_hstu(*PURE, "--data-root", root, *large.options)
+    wait_for_scratch(root, moment, process)
+    time.sleep(delay_s)
+    interrupt(process, signal.SIGTERM)
     assert prepared_bytes(root / NAME) == before
     assert leftovers(root) == []
 

@@ -173,6 +173,33 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert sorted(path.name for path in out.rglob("*")) == sorted(path.name for path in trained[0].rglob("*"))
 
 
+TERMINATIONS = (
+    ("Trainer", "_step", "after", 2),  # within the first epoch
+    ("torch", "save", "after", 2),  # a state is written, and not yet in its place
+    ("checkpoint", "save_file", "after", 1),  # the weights of the first checkpoint are
+)
+
+
+def test_sigterm_is_an_interruption_and_the_run_goes_on_later(
+    root: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "terminated"
+    arguments = [str(argument) for argument in command(root, out, "--resume", "--format", "json")]
+    for owner, name, when, call in TERMINATIONS:
+        code = KILL.replace("SIGKILL", "SIGTERM").format(owner=owner, name=name, when=when, call=call)
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 143, done.stderr
+        assert done.stderr.endswith("Terminated.\n")
+        assert "Traceback" not in done.stderr
+        record = json.loads(done.stdout)
+        assert (record["status"], record["reasons"]) == ("invalid", ["interrupted"])
+    assert record["resumed_at_step"] == 2
+    record = record_of(*command(root, out, "--resume"))
+    assert _without_time(record["epochs"]) == _without_time(trained[1]["epochs"])
+    assert _same_weights(out, trained[0])
+    assert sorted(path.name for path in out.rglob("*")) == sorted(path.name for path in trained[0].rglob("*"))
+
+
 @pytest.mark.parametrize("recompute", ["layernorm", "layernorm+silu"])
 def test_what_the_backward_pass_computes_again_changes_no_weight(
     root: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path, recompute: str

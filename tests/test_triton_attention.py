@@ -224,7 +224,7 @@ def test_what_there_is_no_kernel_for_is_refused() -> None:
 
 
 def test_triton_is_for_nvidia_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="runs on an NVIDIA GPU, not on npu; choose auto, reference, blocked"):
+    with pytest.raises(UsageError, match="on an NVIDIA GPU, not on npu; choose auto, reference, blocked or ascend"):
         choose_impl("triton", "npu")
     assert choose_impl("auto", "cpu").name != "triton"
     monkeypatch.setattr(dispatch_module, "is_interpreting", lambda: False)

@@ -64,7 +64,8 @@ class Graph(Protocol):
 class GraphPool(Protocol):
     """Captures graphs that share memory for their intermediates: what one leaves there is gone when another replays.
 
-    memory_bytes: what the graphs so far have taken for that from the device.
+    memory_bytes: what it holds of the device's memory for the graphs that are kept; after one was dropped, `release`
+    makes that true again.
     """
 
     memory_bytes: int
@@ -75,6 +76,10 @@ class GraphPool(Protocol):
         It must queue the same operations on the same memory each time, and wait for nothing. Raises what the work
         raises, running out of memory included; the graphs that were captured before stay as they are.
         """
+        ...
+
+    def release(self) -> None:
+        """Give memory back that only dropped graphs, or captures that failed, have used."""
         ...
 
 

@@ -65,6 +65,7 @@ class StreamGraphPool:
         self._handle = device_module.graph_pool_handle()
         self._stream = device_module.Stream(device=device)
         self.memory_bytes = 0
+        self._bytes_outside = device_module.memory_reserved(device.index)
 
     def capture(self, work: Callable[[], object]) -> Graph:
         """See `GraphPool`."""
@@ -75,7 +76,7 @@ class StreamGraphPool:
         # The device is idle and holds no memory that nobody uses: the graphs get it, and it can be told what they took.
         module.synchronize(index)
         module.empty_cache()
-        before = module.memory_reserved(index)
+        self._bytes_outside = module.memory_reserved(index) - self.memory_bytes
         graph = self._graph_class()
         with module.stream(self._stream):
             graph.capture_begin(pool=self._handle)
@@ -86,8 +87,17 @@ class StreamGraphPool:
                     graph.capture_end()
                 raise
             graph.capture_end()
-        self.memory_bytes += max(0, module.memory_reserved(index) - before)
+        self._measure()
         return StreamGraph(graph)
+
+    def release(self) -> None:
+        """See `GraphPool`: the allocator decides what the kept graphs still need."""
+        self._module.synchronize(self._device.index)
+        self._module.empty_cache()
+        self._measure()
+
+    def _measure(self) -> None:
+        self.memory_bytes = max(0, self._module.memory_reserved(self._device.index) - self._bytes_outside)
 
 
 class StreamBackend(Backend):
@@ -240,6 +250,7 @@ class CudaBackend(StreamBackend):
         tensor = torch.frombuffer(memory, dtype=dtype).view(*shape)
         address, runtime = tensor.data_ptr(), self.module().cudart()
         if int(runtime.cudaHostRegister(address, num_bytes, HOST_REGISTER_PORTABLE)):
+            self._forget_last_error()
             return super().host_tensor(shape, dtype)
 
         def unpin() -> None:
@@ -248,6 +259,15 @@ class CudaBackend(StreamBackend):
 
         memory.unpin = unpin
         return tensor
+
+    def _forget_last_error(self) -> None:
+        """Clear the error that the CUDA runtime keeps of a call of ours that failed.
+
+        torch asks for the last error after each kernel that it launches, whoever's it is: the next kernel of the model
+        would raise it. Asking clears it, and not every torch lets Python ask, so a kernel of no use has to.
+        """
+        with contextlib.suppress(RuntimeError):
+            torch.empty(1, device=self.device).fill_(1)  # zeros would be set by a copy engine, without a kernel
 
     @property
     def compute_capability(self) -> tuple[int, int]:

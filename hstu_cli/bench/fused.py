@@ -94,7 +94,16 @@ def peak_flops(session: BenchSession) -> tuple[float, str]:
         for preset in HARDWARE_PRESETS.values():
             if preset.matches(session.backend.device_name):
                 return preset.peak_bf16_tflops * 1e12, f"data sheet of {preset.name.upper()}, dense"
-    return session.ceilings.matmul_flops_per_s, "large matrix product, measured before the cases"
+    return session.ceilings.matmul_flops_per_s, "large matrix product, measured before and after the cases"
+
+
+def apply_peak(record: dict[str, Any], session: BenchSession) -> None:
+    """Set the record's `peak` and each row's `mfu` by the ceilings that the session has now."""
+    peak, source = peak_flops(session)
+    record["peak"] = {"flops_per_s": peak, "source": source}
+    for row in record["rows"]:
+        if "tflops" in row:
+            row["mfu"] = row["tflops"] * 1e12 / peak
 
 
 def _measured_rows(

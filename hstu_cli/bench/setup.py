@@ -19,7 +19,8 @@ from hstu_cli.model.tokens import VIDEO_TABLE
 class CacheOptions:
     """The sizes of a cache; None takes what the requests need and memory allows.
 
-    verify_host: keep checksums of what is in host memory. append_impl: what writes new keys and values into pages.
+    verify_host: keep checksums of what is in host memory. append_impl: what writes new keys and values into pages;
+    impl: what its auto follows.
     """
 
     page_size: int = 32
@@ -27,6 +28,7 @@ class CacheOptions:
     host_bytes: int | None = None
     verify_host: bool = False
     append_impl: str = "auto"
+    impl: str = "auto"
 
 
 def build_cache(
@@ -53,7 +55,9 @@ def build_cache(
     ):
         if size > memory:
             raise RunError(f"The KV cache does not fit: {what}: {size / 1e9:,.1f} GB, of {memory / 1e9:,.1f} GB here.")
-    sizes = KVCacheConfig(num_pages, options.page_size, host_bytes, options.verify_host, options.append_impl)
+    sizes = KVCacheConfig(
+        num_pages, options.page_size, host_bytes, options.verify_host, options.append_impl, options.impl
+    )
     return KVCacheManager(sizes, config, dtype, backend)
 
 

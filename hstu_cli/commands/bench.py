@@ -41,6 +41,13 @@ def say_scaled(opened: Opened, message: str) -> None:
     opened.reporter.warn(f"Scaled for a CPU to {opened.reporter.record['scaled']}.")
 
 
+def say_long(opened: Opened, seconds: float) -> None:
+    """Tell how long a run takes that was not, or could not be, made small enough."""
+    opened.reporter.record["estimated_seconds"] = seconds
+    text = f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+    opened.reporter.warn(f"This takes about {text} on this CPU, by estimate.")
+
+
 @dataclass(slots=True)
 class Run:
     """A benchmark under way: its session, the rows so far, and a line about its progress."""
@@ -60,11 +67,12 @@ def benchmark(
     iterations: int,
     plot: Path | None,
     profile: Path | None,
+    on_ceilings: Callable[[BenchSession], None] = lambda session: None,
 ) -> Iterator[Run]:
     """A run that measures the machine's ceilings, before and after, and fills the record's rows one by one.
 
-    What is finished comes out in any case. Raises InputError where the profile's folder cannot be
-    made, RunError where an output was wrong or no case could run.
+    on_ceilings: called after each of the two. What is finished comes out in any case. Raises InputError where the
+    profile's folder cannot be made, RunError where an output was wrong or no case could run.
     """
     if profile is not None:
         try:
@@ -78,12 +86,14 @@ def benchmark(
         ceilings = measure_ceilings(opened.backend, opened.dtype)
         record["ceilings"] = ceilings.to_dict()
         session = BenchSession(opened.backend, opened.dtype, ceilings, warmup, iterations, profile)
+        on_ceilings(session)
         progress.stage("timing")
         try:
             yield Run(session, record["rows"], progress)
             progress.stage("measuring the machine again")
             session.remeasure(record["rows"])
             record["ceilings"] = session.ceilings.to_dict()
+            on_ceilings(session)
         finally:
             record["warnings"] = session.warnings(record["rows"])
             for warning in record["warnings"]:

@@ -57,6 +57,7 @@ def bench_e2e(
 ) -> None:
     """Time requests of users whose histories grow, from embedding to logits."""
     args = dict(locals())
+    options.check_outputs(dry_run=dry_run, plot=plot, profile=profile, output_json=output_json)
     users = options.parse_counts("--num-users", NUM_USERS if num_users is None else num_users, least=1)
     chosen = _parse_variants(variants)
     from hstu_cli.bench.e2e import GrowingUsers, dry_rows, run_e2e_benchmark
@@ -88,7 +89,9 @@ def bench_e2e(
     workloads = [GrowingUsers(count, history_step, num_batches, candidates) for count in users]
     workloads[0].check(model_config)
     tokens = page_size or (preset.page_size if preset else 32)
-    append = choose_append_impl(append_impl, opened.backend.type, opened.dtype, head_dim=model_config.head_dim)
+    append = choose_append_impl(
+        append_impl, opened.backend.type, opened.dtype, head_dim=model_config.head_dim, impl=impl
+    )
     opened.reporter.record |= {
         "model": model_config.to_dict(),
         "page_size": tokens,

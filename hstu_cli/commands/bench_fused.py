@@ -23,6 +23,8 @@ EMBEDDING_DIM, NUM_HEADS = 1024, 4
 SWITCHES = {"RECOMPUTE_INPUT_LAYERNORM": "+layernorm_recompute", "RECOMPUTE_INPUT_SILU": "+silu_recompute"}
 """Environment variables that leave a variant out where they are 0."""
 
+REFUSED_IMPLS = {"reference": "is no fused layer (--compare eager adds its time)"}
+
 PUBLISHED = "H100, published, batch 32, bf16"
 """How the reference implementation's figures are labelled, whatever runs here."""
 
@@ -62,7 +64,7 @@ def bench_fused(
     device: options.Device = "auto",
     require_device: options.RequireDevice = False,
     dtype: options.Dtype = "auto",
-    impl: options.Impl = "auto",
+    impl: Annotated[str, typer.Option(help="Implementation of the layer: auto, blocked or triton.")] = "auto",
     seed: options.Seed = 0,
     format: options.Format = options.OutputFormat.rich,
     output_json: options.OutputJson = None,
@@ -75,19 +77,17 @@ def bench_fused(
     normalised input, or that and SiLU's output, again; unset or 1 means that they run.
     """
     args = dict(locals())
+    options.check_outputs(dry_run=dry_run, plot=plot, profile=profile, output_json=output_json)
     lengths = options.parse_counts("--seqlens", SEQLENS if seqlens is None else seqlens, least=1)
     variants = _chosen_variants(os.environ)
     if not 0 <= dropout < 1:
         raise UsageError(f"--dropout takes a number from 0 to below 1, not {dropout}.")
     if compare not in (None, "eager"):
         raise UsageError(f"--compare knows eager, not {compare!r}.")
-    if impl == "reference":
-        raise UsageError(
-            "--impl reference: it is no fused layer. Choose auto or blocked; --compare eager adds its time."
-        )
     from dataclasses import replace
+    from functools import partial
 
-    from hstu_cli.bench.fused import FusedGrid, dry_rows, peak_flops, run_fused_benchmark
+    from hstu_cli.bench.fused import FusedGrid, apply_peak, dry_rows, run_fused_benchmark
     from hstu_cli.charts import check_plot
     from hstu_cli.commands import bench
     from hstu_cli.commands.opening import open_run
@@ -106,6 +106,7 @@ def bench_fused(
         output_json=output_json,
         metadata=metadata,
         gradients=True,
+        refused_impls=REFUSED_IMPLS,
     )
     preset = opened.choice.preset
     heads = num_heads or (preset.num_heads if preset and head_dim is None else NUM_HEADS)
@@ -128,10 +129,15 @@ def bench_fused(
         bench.dry_run(opened, dry_rows(model_config, grid, opened.dtype.itemsize, opened.impl.name))
         return
     with bench.benchmark(
-        opened, _tables, _panels, warmup=num_iters_warmup, iterations=num_iters, plot=plot, profile=profile
+        opened,
+        _tables,
+        _panels,
+        warmup=num_iters_warmup,
+        iterations=num_iters,
+        plot=plot,
+        profile=profile,
+        on_ceilings=partial(apply_peak, reporter.record),
     ) as run:
-        peak, source = peak_flops(run.session)
-        reporter.record["peak"] = {"flops_per_s": peak, "source": source}
         if opened.backend.type == "cpu" and not full:
 
             def seconds(grid: FusedGrid) -> float:
@@ -149,6 +155,8 @@ def bench_fused(
             if grid != whole:
                 listed = ", ".join(map(str, grid.seqlens))
                 bench.say_scaled(opened, f"batch size {grid.batch_size}, sequences of {listed} tokens")
+            if seconds(grid) > CPU_SECONDS:
+                bench.say_long(opened, seconds(grid))
         for row in run_fused_benchmark(
             run.session,
             model_config,

@@ -65,6 +65,7 @@ def bench_layer(
 ) -> None:
     """Time the HSTU block over history, cached tokens, candidates and batch size."""
     args = dict(locals())
+    options.check_outputs(dry_run=dry_run, plot=plot, profile=profile, output_json=output_json)
     histories = options.parse_counts("--history", HISTORY if history is None else history, least=1)
     shares = options.parse_shares("--cached", CACHED if cached is None else cached)
     counts = options.parse_counts("--candidates", CANDIDATES if candidates is None else candidates, least=0)
@@ -98,7 +99,9 @@ def bench_layer(
     preset = opened.choice.preset
     model_config = benchmark_config(config, preset)
     tokens = page_size or (preset.page_size if preset else 32)
-    append = choose_append_impl(append_impl, opened.backend.type, opened.dtype, head_dim=model_config.head_dim)
+    append = choose_append_impl(
+        append_impl, opened.backend.type, opened.dtype, head_dim=model_config.head_dim, impl=impl
+    )
     opened.reporter.record |= {"model": model_config.to_dict(), "page_size": tokens, "append": asdict(append)}
     if dry_run:
         rows = dry_rows(grid, model_config, opened.dtype.itemsize, impl=opened.impl.name, page_size=tokens)

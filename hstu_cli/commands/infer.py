@@ -83,8 +83,10 @@ def infer(
         raise UsageError(f"--host-cache-gb takes a number of gigabytes, not {host_cache_gb}.")
     if predictions_out is not None and predictions_out == output_json:
         raise UsageError("--predictions-out and --output-json name the same file.")
-    if not kv_cache and (num_pages or host_cache_gb or verify_cache):
-        raise UsageError("--num-pages, --host-cache-gb and --verify-cache need the cache: drop --no-kv-cache.")
+    if not kv_cache and (num_pages or host_cache_gb or verify_cache or append_impl != "auto"):
+        raise UsageError(
+            "--num-pages, --host-cache-gb, --verify-cache and --append-impl need the cache: drop --no-kv-cache."
+        )
     if not kv_cache and cuda_graph:
         raise UsageError("--cuda-graph captures cached steps: drop --no-kv-cache.")
     from hstu_cli.bench.replay import Replay
@@ -117,7 +119,7 @@ def infer(
     )
     reporter, backend = opened.reporter, opened.backend
     chosen_embedding = choose_embedding(embedding, backend.type)
-    choose_append_impl(append_impl, backend.type, opened.dtype)  # refused before data is read
+    choose_append_impl(append_impl, backend.type, opened.dtype, impl=impl)  # refused before data is read
     graph_choice = choose_graphs(cuda_graph, backend, opened.impl.name, cached=kv_cache)
     prepared = open_dataset(dataset, data_root, reporter)
     if checkpoint is not None:
@@ -138,7 +140,7 @@ def infer(
     cache = None
     if kv_cache:
         host_bytes = None if host_cache_gb is None else int(host_cache_gb * 1e9)
-        sizes = CacheOptions(page_size, num_pages, host_bytes, verify_cache is not None, append_impl)
+        sizes = CacheOptions(page_size, num_pages, host_bytes, verify_cache is not None, append_impl, impl)
         cache = build_cache(source, model.config, model.dtype, backend, sizes)
     graphs = None
     if graph_choice.enabled:

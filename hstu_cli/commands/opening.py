@@ -43,19 +43,22 @@ def open_run(
     output_json: Path | None,
     metadata: Sequence[str] | None,
     gradients: bool = False,
+    refused_impls: Mapping[str, str] | None = None,
 ) -> Opened:
     """Resolve the shared options, in the order in which their errors matter; warn where a preset's GPU is absent.
 
-    gradients: the command needs an implementation that has them.
+    gradients: the command needs an implementation that has them. refused_impls: those that it does not take, each
+    with what is said of it.
     """
     named = device.lower().partition(":")[0]
     if named in (kind.type for kind in BACKENDS):
-        check_possible(impl, named)  # what the command line alone makes impossible is said before what is absent
+        # What the command line alone makes impossible is said before what is absent.
+        check_possible(impl, named, gradients=gradients, refused=refused_impls)
     choice = open_device(device, require=require_device)
     backend = choice.backend
     backend.tune_process()
     dtype_name = resolve_dtype(dtype, backend)
-    implementation = choose_impl(impl, backend.type, gradients=gradients)
+    implementation = choose_impl(impl, backend.type, gradients=gradients, refused=refused_impls)
     reporter = Reporter(
         command, args, json_only=json_only, output_json=output_json, metadata=parse_metadata(list(metadata or []))
     )

@@ -1,8 +1,11 @@
 """Options that commands share, declared once, and how a command ends."""
 
 import functools
+import signal
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
 from fractions import Fraction
@@ -15,6 +18,8 @@ from hstu_cli.config import KUAIRAND_TIMEZONE
 from hstu_cli.errors import HstuError, RunError, UsageError
 
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+"""As a shell reports a process that SIGTERM ended: what a container or a batch system stops its jobs with."""
 
 
 class OutputFormat(StrEnum):
@@ -34,8 +39,15 @@ Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16; auto is fp32
 Impl = Annotated[
     str, typer.Option(help="Implementation of the operators: auto, reference, blocked, native, triton or ascend.")
 ]
+TrainingImpl = Annotated[
+    str, typer.Option(help="Implementation of the operators and their gradients: auto, reference, blocked or triton.")
+]
 AppendImpl = Annotated[
-    str, typer.Option(help="What writes new keys and values into pages: auto, triton, flashinfer, native or torch.")
+    str,
+    typer.Option(
+        help="What writes new keys and values into pages: triton, flashinfer, native, torch, or auto, "
+        "which follows --impl where that is given (reference, blocked, ascend: torch)."
+    ),
 ]
 Embedding = Annotated[str, typer.Option(help="What looks embeddings up: auto (torch), torch, torchrec or dynamicemb.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
@@ -62,12 +74,17 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of 
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command its ending: a known error, or lack of memory, is one message and its exit code; Ctrl-C is 130."""
+    """Give a command its ending: a known error, or lack of memory, is one message and its exit code.
+
+    Ctrl-C and SIGTERM interrupt it at any line; their codes are 130 and 143.
+    """
 
     @functools.wraps(function)
     def run(**options: Any) -> None:
+        terminations: list[int] = []
         try:
-            function(**options)
+            with _sigterm_as_interrupt(terminations):
+                function(**options)
         except (HstuError, MemoryError, RuntimeError) as error:
             known = error if isinstance(error, HstuError) else _out_of_memory(error)
             if known is None:
@@ -77,10 +94,34 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             typer.secho(f"Error: {known}", fg=typer.colors.RED, err=True)
             raise typer.Exit(known.exit_code) from error
         except KeyboardInterrupt as interrupt:
-            typer.echo("Interrupted.", err=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from interrupt
+            typer.echo("Terminated." if terminations else "Interrupted.", err=True)
+            raise typer.Exit(EXIT_TERMINATED if terminations else EXIT_INTERRUPTED) from interrupt
 
     return run
+
+
+@contextmanager
+def _sigterm_as_interrupt(received: list[int]) -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt, so that it ends a run as Ctrl-C does.
+
+    received: the signals that came; noted beside the exception, as libraries that notice it in loops of their own raise
+    another one. A handler that somebody else has installed stays, and so does the choice to ignore the signal.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    is_ours = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if is_ours:
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _out_of_memory(error: MemoryError | RuntimeError) -> RunError | None:
@@ -90,6 +131,15 @@ def _out_of_memory(error: MemoryError | RuntimeError) -> RunError | None:
         return None
     what = next(iter(str(error).splitlines()), "") or type(error).__name__
     return RunError(f"Memory did not suffice ({what}). Take a smaller batch, cache or model, or another device.")
+
+
+def check_outputs(*, dry_run: bool, plot: Path | None, profile: Path | None, output_json: Path | None) -> None:
+    """UsageError for what a benchmark would leave out or overwrite in silence."""
+    for option, path, verb in (("--plot", plot, "plot"), ("--profile", profile, "trace")):
+        if dry_run and path is not None:
+            raise UsageError(f"{option} with --dry-run: nothing runs, so there is nothing to {verb}. Drop one of them.")
+    if plot is not None and plot == output_json:
+        raise UsageError("--plot and --output-json name the same file.")
 
 
 MOST_COUNT = 1_000_000

@@ -55,7 +55,7 @@ def train(
     device: options.Device = "auto",
     require_device: options.RequireDevice = False,
     dtype: options.Dtype = "auto",
-    impl: options.Impl = "auto",
+    impl: options.TrainingImpl = "auto",
     seed: options.Seed = 0,
     format: options.Format = options.OutputFormat.rich,
     output_json: options.OutputJson = None,

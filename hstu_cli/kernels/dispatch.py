@@ -1,5 +1,6 @@
 """Which implementation of an operator runs, and why: decided once, reported everywhere."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,12 @@ IMPLEMENTATIONS = ("reference", "blocked", "native", "triton", "ascend")
 WITHOUT_GRADIENTS = ("native", "triton", "ascend")
 """Implementations of which single operators have no gradients; attention and the training layer of two of them do."""
 
+WITHOUT_TRAINING_LAYER = ("ascend",)
+"""Implementations in which the whole layer has no gradients either."""
+
+RUNS_ON = {"native": ("cpu", "a CPU"), "triton": ("cuda", "an NVIDIA GPU"), "ascend": ("npu", "an NPU")}
+"""The type of device that an implementation is made for, and its name in a message; the others run on all."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImplChoice:
@@ -25,38 +32,55 @@ class ImplChoice:
     reason: str
 
 
-def choose_impl(requested: str, device_type: str, *, build: bool = True, gradients: bool = False) -> ImplChoice:
+def choose_impl(
+    requested: str,
+    device_type: str,
+    *,
+    build: bool = True,
+    gradients: bool = False,
+    refused: Mapping[str, str] | None = None,
+) -> ImplChoice:
     """Resolve `--impl` for a device type; an explicit name is kept or refused, never replaced.
 
-    build: build the native operators now if they are chosen and not built yet. gradients: it must have them.
-    Raises UsageError naming the choices, UnavailableError where native cannot be built or triton is not installed.
+    build: build the native operators now if they are chosen and not built yet. gradients, refused: see
+    `check_possible`, whose errors this raises, and UnavailableError where native cannot be built or triton is not
+    installed.
     """
-    check_possible(requested, device_type)
+    check_possible(requested, device_type, gradients=gradients, refused=refused)
     if requested == AUTO:
         return _fastest(device_type, build, gradients)
-    if gradients and requested == "ascend":
-        raise UsageError(
-            f"Implementation {requested!r} computes no gradients; choose auto, reference, blocked or triton."
-        )
     reason = _why_absent(requested)
     if reason is not None:
         raise UnavailableError(f"--impl {requested}: {reason}. Or choose blocked.")
     return ImplChoice(requested, "as requested")
 
 
-def check_possible(requested: str, device_type: str) -> None:
-    """UsageError for an implementation that there is not, or not for this type of device, whatever is installed."""
-    if requested not in (AUTO, *IMPLEMENTATIONS):
-        raise UsageError(f"There is no implementation {requested!r}; choose from {AUTO}, {', '.join(IMPLEMENTATIONS)}.")
-    if requested == "native" and device_type != "cpu":
-        raise UsageError(f"Implementation 'native' runs on a CPU, not on {device_type}; choose auto or blocked.")
-    if requested == "ascend" and device_type != "npu":
-        raise UsageError(f"Implementation 'ascend' runs on an NPU, not on {device_type}; choose auto or blocked.")
-    if requested == "triton" and device_type != "cuda" and not (device_type == "cpu" and _can_interpret()):
+def check_possible(
+    requested: str, device_type: str, *, gradients: bool = False, refused: Mapping[str, str] | None = None
+) -> None:
+    """UsageError for an implementation that is not to be had, whatever is installed; it names those that are.
+
+    gradients: the layer must have them. refused: implementations that the command does not take, each with what is
+    said of it.
+    """
+    refused = dict(refused or {})
+    if gradients:
+        refused |= dict.fromkeys(WITHOUT_TRAINING_LAYER, "computes no gradients")
+
+    def is_taken(name: str) -> bool:
+        return name not in refused and _runs_on(name, device_type)
+
+    if requested == AUTO or (requested in IMPLEMENTATIONS and is_taken(requested)):
+        return
+    choices = (AUTO, *filter(is_taken, IMPLEMENTATIONS))
+    listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    if requested not in IMPLEMENTATIONS:
+        raise UsageError(f"There is no implementation {requested!r}; choose {listed}.")
+    if not _runs_on(requested, device_type):
         raise UsageError(
-            f"Implementation 'triton' runs on an NVIDIA GPU, not on {device_type}; choose auto, reference, blocked"
-            f"{' or native' if device_type == 'cpu' else ''}."
+            f"Implementation {requested!r} runs on {RUNS_ON[requested][1]}, not on {device_type}; choose {listed}."
         )
+    raise UsageError(f"Implementation {requested!r} {refused[requested]}; choose {listed}.")
 
 
 def choose_impl_for(requested: str, *tensors: torch.Tensor, has_gradients: bool = False) -> str:
@@ -108,8 +132,11 @@ def _fastest(device_type: str, build: bool, gradients: bool) -> ImplChoice:
     return ImplChoice("native", f"auto: the fastest implementation for cpu, {state.reason}")
 
 
-def _can_interpret() -> bool:
-    return triton_state().available and is_interpreting()
+def _runs_on(name: str, device_type: str) -> bool:
+    """Whether an implementation is made for this type of device; Triton's interpreter lets it run on a CPU."""
+    if name == "triton" and device_type == "cpu":
+        return triton_state().available and is_interpreting()
+    return name not in RUNS_ON or RUNS_ON[name][0] == device_type
 
 
 def _why_absent(name: str) -> str | None:

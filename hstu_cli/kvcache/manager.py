@@ -21,7 +21,7 @@ class KVCacheConfig:
     """Sizes of a cache: pages on the device, tokens in a page, bytes of host memory behind it.
 
     verify_host: keep a checksum of every page in host memory, and drop what was changed there.
-    append_impl: what writes new keys and values into pages; see `choose_append_impl`.
+    append_impl: what writes new keys and values into pages; impl: what its auto follows; see `choose_append_impl`.
     """
 
     num_pages: int
@@ -29,6 +29,7 @@ class KVCacheConfig:
     host_bytes: int = 0
     verify_host: bool = False
     append_impl: str = "auto"
+    impl: str = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("num_pages", 1), ("page_size", 1), ("host_bytes", 0)):
@@ -66,7 +67,9 @@ class KVCacheManager:
 
     def __init__(self, config: KVCacheConfig, model: ModelConfig, dtype: torch.dtype, backend: Backend) -> None:
         self.config, self.model, self.backend = config, model, backend
-        self.append = choose_append_impl(config.append_impl, backend.type, dtype, head_dim=model.head_dim)
+        self.append = choose_append_impl(
+            config.append_impl, backend.type, dtype, head_dim=model.head_dim, impl=config.impl
+        )
         self.counters = CacheCounters()
         shape = (2, config.page_size, model.num_heads, model.head_dim)
         # One page more than the books know: what the padding of a batch appends goes there, and is never read.

@@ -33,7 +33,9 @@ def save_checkpoint(model: RankingModel, path: str | os.PathLike[str]) -> None:
     """Write the model to folder `path` as config.json and model.safetensors.
 
     Each file is replaced in one step, the weights first, so that a folder with a config.json is
-    complete. Raises InputError where the folder cannot be written.
+    complete. Over a checkpoint of the same configuration, a run that is killed leaves the old or the new one; over
+    another one it may leave none, and never the configuration of one with the weights of the other.
+    Raises InputError where the folder cannot be written.
     """
     folder = Path(path)
     config = {
@@ -47,13 +49,21 @@ def save_checkpoint(model: RankingModel, path: str | os.PathLike[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
             save_file(state, Path(scratch, WEIGHTS_FILE))
-            Path(scratch, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(config, indent=2) + "\n"
+            Path(scratch, CONFIG_FILE).write_text(text, encoding="utf-8")
             shutil.copymode(Path(scratch, CONFIG_FILE), Path(scratch, WEIGHTS_FILE))  # safetensors makes it private
+            if not _is_text_of(folder / CONFIG_FILE, text):
+                (folder / CONFIG_FILE).unlink(missing_ok=True)
             for name in (WEIGHTS_FILE, CONFIG_FILE):
                 Path(scratch, name).replace(folder / name)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk into an error of its own
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"The checkpoint cannot be written to {folder}: {reason}.") from error
+
+
+def _is_text_of(path: Path, text: str) -> bool:
+    """Whether a file is there and holds this."""
+    return path.is_file() and path.read_bytes() == text.encode()
 
 
 def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

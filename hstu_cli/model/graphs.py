@@ -126,7 +126,7 @@ class GraphRunner:
             graphs = self._capture_if_it_fits(bucket)
             if graphs is None:
                 self.left_out.append(bucket)
-                self.cache.backend.release_memory()
+                self._pool.release()  # of the graphs of layers that came before the one for which memory ran out
             else:
                 self._captured[bucket] = graphs
         on_bucket(len(self.buckets), len(self.buckets))

@@ -13,9 +13,11 @@ import torch
 from hstu_cli.config import ModelConfig
 from hstu_cli.data.dataset import EventStore, PreparedDataset
 from hstu_cli.errors import InputError
+from hstu_cli.model.layer import JaggedAttention
+from hstu_cli.model.ranking import RankingModel
 from hstu_cli.model.tokens import VIDEO_TABLE, TokenBatch, UserRequest, build_token_batch
 
-# Shapes: E examples (item tokens that are scored), T tokens of a batch.
+# Shapes: E examples (item tokens that are scored), T tokens of a batch, D hidden_dim.
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,14 @@ class ExampleBatch:
     has_previous: torch.Tensor
     video_ids: torch.Tensor
     labels: np.ndarray
+
+
+def score_examples(model: RankingModel, batch: ExampleBatch, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [E, 8] of the examples, and the hidden rows [P, D] that predict those P that have a token before them."""
+    device = model.device
+    hidden = model(batch.tokens.to(device), JaggedAttention(model.config, batch.tokens.plan(device), impl))  # [T, D]
+    before = batch.item_rows[batch.has_previous] - 1
+    return model.rank(hidden[batch.item_rows.to(device)]), hidden[before.to(device)]
 
 
 class ExampleSource:

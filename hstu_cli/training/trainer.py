@@ -13,15 +13,14 @@ from torch import nn
 from hstu_cli.backend import Backend
 from hstu_cli.errors import RunError
 from hstu_cli.model.embedding import DEFAULT_KEY
-from hstu_cli.model.layer import JaggedAttention
 from hstu_cli.model.ranking import RankingModel
 from hstu_cli.model.tokens import ACTION_TABLE, VIDEO_TABLE
-from hstu_cli.training.examples import ExampleBatch, ExampleSource, parts_of_tokens
+from hstu_cli.training.examples import ExampleBatch, ExampleSource, parts_of_tokens, score_examples
 from hstu_cli.training.loss import NextItemChoice, next_item_loss, ranking_loss, task_targets
 from hstu_cli.training.options import TrainingOptions
 from hstu_cli.training.setup import KEYED_TABLES, ActionBits, set_dropout
 
-# Shapes: E examples of a step, D hidden_dim, 8 tasks.
+# Shapes: E examples of a step, P of them with a token before them, D hidden_dim, 8 tasks.
 
 MAX_GRADIENT_NORM = 1.0
 ADAM_BETAS = (0.9, 0.98)
@@ -174,18 +173,13 @@ class Trainer:
     def _losses(self, batch: ExampleBatch, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of all tasks summed over the examples, and that of the next item over the predictions."""
         model, device = self.model, self.backend.device
-        tokens = batch.tokens.to(device)
-        attention = JaggedAttention(model.config, batch.tokens.plan(device), self.impl)
-        rows = batch.item_rows.to(device)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            hidden = model(tokens, attention)  # [T, D]
-            logits = model.rank(hidden[rows])  # [E, 8]
+            logits, previous = score_examples(model, batch, self.impl)  # [E, 8], [P, D]
         labels = torch.from_numpy(batch.labels.astype(np.int64)).to(device)
         ranking = ranking_loss(logits, task_targets(labels), self.tasks)
-        predicted = batch.has_previous.to(device)
-        targets = model.embeddings[VIDEO_TABLE].rows_of(batch.video_ids.to(device)[predicted])
+        targets = model.embeddings[VIDEO_TABLE].rows_of(batch.video_ids[batch.has_previous].to(device))
         choice = NextItemChoice.draw(model, self.options.num_negatives, generator)
-        return ranking, next_item_loss(model, hidden[rows[predicted] - 1], targets, choice)
+        return ranking, next_item_loss(model, previous, targets, choice)
 
     def _forget_some_ids(self, batch: ExampleBatch, generator: torch.Generator) -> None:
         """Replace a share of the ids by one that nobody has, so that the default rows are trained."""

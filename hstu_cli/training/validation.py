@@ -8,9 +8,8 @@ import torch
 
 from hstu_cli.backend import Backend
 from hstu_cli.bench.metrics import CUTOFFS, ReplayMetrics
-from hstu_cli.model.layer import JaggedAttention
 from hstu_cli.model.ranking import RankingModel
-from hstu_cli.training.examples import ExampleSource
+from hstu_cli.training.examples import ExampleSource, score_examples
 
 BATCH_TOKENS = 16_384
 """Tokens of a validation step, one long user apart."""
@@ -26,7 +25,8 @@ def validate(
 ) -> dict[str, Any]:
     """`hit_rate` and `ndcg` by K, `auc` and `auc_reason` by task, over every event of the period.
 
-    Each event is scored with all of its user's earlier events as history, as the only candidate.
+    Each event is scored with all of its user's earlier events as history, as the only candidate. An exact AUC orders
+    all scores of a task, so the logits of the whole period are kept on the host: with the rest 38 bytes an event.
     """
     was_training = model.training
     model.eval()
@@ -35,13 +35,8 @@ def validate(
     for passes in source.batches_of_tokens(BATCH_TOKENS):
         batch = source.batch(passes)
         model.check_ids(batch.tokens)
-        tokens = batch.tokens.to(backend.device)
-        attention = JaggedAttention(model.config, batch.tokens.plan(backend.device), impl)
-        hidden = model(tokens, attention)  # [T, D]
-        logits = model.rank(hidden[batch.item_rows.to(backend.device)])
-        predicted = batch.has_previous
-        before = (batch.item_rows[predicted] - 1).to(backend.device)
-        ranks = model.next_item_rank(hidden[before], batch.video_ids[predicted].to(backend.device))
+        logits, previous = score_examples(model, batch, impl)  # [E, 8], [P, D]
+        ranks = model.next_item_rank(previous, batch.video_ids[batch.has_previous].to(backend.device))
         metrics.add(ranks.cpu().numpy(), logits.cpu().numpy(), batch.labels)
         done += len(batch.labels)
         on_step(done, source.num_examples)

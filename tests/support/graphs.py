@@ -1,5 +1,6 @@
 """Graphs on a CPU: a backend that keeps captured work and does it again on replay."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -29,23 +30,33 @@ class RecordedGraph:
 class RecordedPool:
     """Captures as a device does: the work runs once to warm up, and not while it is captured.
 
-    fails_at: numbers of the captures that run out of memory; error: how that is told.
+    fails_at: numbers of the captures that run out of memory; error: how that is told. Each graph takes 1000 bytes,
+    which are free once it is gone, and given back by `release`.
     """
 
     fails_at: set[int] = field(default_factory=set)
     error: Exception = field(default_factory=lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
-    graphs: list[RecordedGraph] = field(default_factory=list)
+    captured: list[weakref.ref[RecordedGraph]] = field(default_factory=list)
     num_tried: int = 0
     memory_bytes: int = 0
+
+    @property
+    def graphs(self) -> list[RecordedGraph]:
+        """Those that somebody keeps."""
+        return [graph for reference in self.captured if (graph := reference()) is not None]
 
     def capture(self, work: Callable[[], object]) -> RecordedGraph:
         self.num_tried += 1
         work()
         if self.num_tried in self.fails_at:
             raise self.error
-        self.graphs.append(RecordedGraph(work))
-        self.memory_bytes = 1000  # of the first, which the others share
-        return self.graphs[-1]
+        graph = RecordedGraph(work)
+        self.captured.append(weakref.ref(graph))
+        self.memory_bytes += 1000
+        return graph
+
+    def release(self) -> None:
+        self.memory_bytes = 1000 * len(self.graphs)
 
 
 class GraphBackend(DeferredBackend):

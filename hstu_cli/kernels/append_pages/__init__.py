@@ -13,26 +13,30 @@ APPEND_IMPLEMENTATIONS = ("triton", "flashinfer", "native", "torch")
 
 
 def choose_append_impl(
-    requested: str, device_type: str, dtype: torch.dtype, *, head_dim: int | None = None
+    requested: str, device_type: str, dtype: torch.dtype, *, head_dim: int | None = None, impl: str = AUTO
 ) -> ImplChoice:
     """Resolve `--append-impl` for keys of such a dtype; an explicit name is kept or refused, never replaced.
 
-    head_dim: None where it is not known yet. Raises UsageError naming the choices, UnavailableError naming what is
-    missing.
+    head_dim: None where it is not known yet. impl: what `--impl` asks of the other operators; where that is no auto,
+    auto follows it. Raises UsageError naming the choices, UnavailableError naming what is missing.
     """
     if requested not in (AUTO, *APPEND_IMPLEMENTATIONS):
-        choices = ", ".join((AUTO, *APPEND_IMPLEMENTATIONS))
-        raise UsageError(f"There is no --append-impl {requested!r}; choose from {choices}.")
+        possible = [n for n in APPEND_IMPLEMENTATIONS if _why_not(n, device_type, dtype, head_dim) is None]
+        raise UsageError(f"There is no --append-impl {requested!r}; choose from {', '.join((AUTO, *possible))}.")
     if requested != AUTO:
         reason = _why_not(requested, device_type, dtype, head_dim)
         if reason is not None:
             raise UnavailableError(f"--append-impl {requested}: {reason}.")
         return ImplChoice(requested, "as requested")
+    preferred = APPEND_IMPLEMENTATIONS if device_type == "cuda" else ("native", "torch")
+    because = f"the preferred one for {device_type}"
+    if impl != AUTO:
+        preferred, because = (impl, "torch") if impl in APPEND_IMPLEMENTATIONS else ("torch",), f"as --impl {impl}"
     reasons = []
-    for name in APPEND_IMPLEMENTATIONS if device_type == "cuda" else ("native", "torch"):
+    for name in preferred:
         reason = _why_not(name, device_type, dtype, head_dim)
         if reason is None:
-            return ImplChoice(name, f"auto: {'; '.join(reasons) or f'the preferred one for {device_type}'}")
+            return ImplChoice(name, f"auto: {'; '.join(reasons) or because}")
         reasons.append(reason)
     raise AssertionError("torch works everywhere")
 

@@ -20,6 +20,8 @@ def attention(
     """See `hstu_attention`; with gradients where q, k or v asks for them."""
     if wants_gradient(q, k, v):
         return NativeAttention.apply(q, k, v, offsets, num_candidates, alpha, scaling_seqlen)
+    if not len(q):
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
     return torch.ops.hstu_native.attention(q, k, v, offsets, num_candidates, None, [], [], [], alpha, scaling_seqlen)
 
 

@@ -25,10 +25,11 @@ def attention(
     scaling_seqlen: int,
 ) -> torch.Tensor:
     """See `hstu_attention`; every operation runs in the dtype of the inputs."""
-    outputs = [q.new_empty(0, *q.shape[1:])]
+    outputs = []
     for start, end, candidates in zip(offsets, offsets[1:], num_candidates, strict=False):
         mask = attention_mask(end - start, candidates, q.device)  # [N, N]
         scores = alpha * torch.einsum("ihd,jhd->hij", q[start:end], k[start:end])  # [H, N, N]
         weights = F.silu(scores) / scaling_seqlen * mask  # [H, N, N]
         outputs.append(torch.einsum("hij,jhd->ihd", weights, v[start:end]))  # [N, H, d]
+    outputs.append(q.new_zeros(len(q) - offsets[-1], *q.shape[1:]))  # rows of padding, which no sequence has
     return torch.cat(outputs)

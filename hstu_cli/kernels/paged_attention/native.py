@@ -21,6 +21,8 @@ def attention(
     """See `hstu_paged_attention`; no gradients."""
     indptr = list(accumulate(map(len, page_tables), initial=0))
     ids = list(chain.from_iterable(page_tables))
+    if not len(q):
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
     return torch.ops.hstu_native.attention(
         q, k, v, offsets, num_candidates, pages, indptr, ids, cached_lengths, alpha, scaling_seqlen
     )

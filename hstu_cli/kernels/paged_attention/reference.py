@@ -24,7 +24,7 @@ def attention(
     scaling_seqlen: int,
 ) -> torch.Tensor:
     """See `hstu_paged_attention`; every operation runs in the dtype of the inputs."""
-    outputs = [q.new_empty(0, *q.shape[1:])]
+    outputs = []
     for b, (start, end) in enumerate(pairwise(offsets)):
         m = cached_lengths[b]
         cached = pages[page_tables[b]].transpose(0, 1).flatten(1, 2)[:, :m]  # [2, m, H, d]
@@ -34,4 +34,5 @@ def attention(
         scores = alpha * torch.einsum("ihd,jhd->hij", q[start:end], keys)  # [H, R, N]
         weights = F.silu(scores) / scaling_seqlen * mask  # [H, R, N]
         outputs.append(torch.einsum("hij,jhd->ihd", weights, values))  # [R, H, d]
+    outputs.append(q.new_zeros(len(q) - offsets[-1], *q.shape[1:]))  # rows of padding, which no sequence has
     return torch.cat(outputs)

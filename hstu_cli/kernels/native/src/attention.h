@@ -38,22 +38,22 @@ class Worker {
     const Sequence& s = batch_.sequences[task.sequence];
     const int64_t rows = task.padded_rows(), head_sums = rows * tiles_.sums_per_row();
     real_t* sums = task.num_parts > 1 ? partial_sums_ + task.sums_offset * tiles_.sums_per_row() : sums_;
-    std::fill(sums, sums + task.num_heads() * head_sums, real_t(0));
-    if (task.key_begin < task.key_end) {
-      for (int64_t head = task.head_begin; head < task.head_end; ++head) {
-        tiles_.load_queries(head - task.head_begin, task.num_rows(), rows, [&](int64_t i) {
-          return batch_.q.at(s.first_row + task.row_begin + i, head);
-        });
-      }
+    if (task.key_begin == task.key_end) std::fill(sums, sums + task.num_heads() * head_sums, real_t(0));
+    for (int64_t head = task.head_begin; head < task.head_end && task.key_begin < task.key_end; ++head) {
+      tiles_.load_queries(head - task.head_begin, task.num_rows(), rows, [&](int64_t i) {
+        return batch_.q.at(s.first_row + task.row_begin + i, head);
+      });
     }
     const int64_t own_key = s.num_cached + task.row_begin;  // of the first row, the last one that it sees
-    for (int64_t begin = task.key_begin, end; begin < task.key_end; begin = end) {
-      end = std::min(begin + tiles_.num_chunk_keys(task.num_heads()), task.key_end);
-      find_rows(s, task.head_begin, begin, end);
-      tiles_.load(key_rows_, end - begin, task.num_heads());
-      for (int64_t slot = 0; slot < task.num_heads(); ++slot) {
-        tiles_.attend(slot, rows, begin - own_key, sums + slot * head_sums);
-      }
+    const int64_t chunk = tiles_.num_chunk_keys(task.num_heads());
+    int64_t next = find_rows(s, task, task.key_begin, chunk, key_rows_);
+    for (int64_t begin = task.key_begin; begin < task.key_end;) {
+      const int64_t end = begin + next;
+      next = find_rows(s, task, end, chunk, next_rows_);
+      const Keys<scalar_t> keys{key_rows_, end - begin, next_rows_, next, task.num_heads()};
+      tiles_.attend(keys, rows, begin - own_key, sums, begin > task.key_begin);
+      std::swap(key_rows_, next_rows_);
+      begin = end;
     }
     if (task.num_parts > 1) return;
     for (int64_t slot = 0; slot < task.num_heads(); ++slot) {
@@ -82,21 +82,27 @@ class Worker {
     carver.take(sums_, QUERY_ROWS * tiles_.sums_per_row());
     carver.take(row_, tiles_.sums_per_row());
     carver.take(key_rows_, tiles_t::MOST_KEYS);
+    carver.take(next_rows_, tiles_t::MOST_KEYS);
   }
 
-  void find_rows(const Sequence& s, int64_t head, int64_t begin, int64_t end) {
+  // The rows of at most `most` of a task's keys, from `begin` on; returns how many.
+  int64_t find_rows(const Sequence& s, const Task& task, int64_t begin, int64_t most, KeyRow<scalar_t>* row) const {
     const auto& p = batch_.pages;
-    for (int64_t j = begin; j < end; ++j) {
-      KeyRow<scalar_t>& row = key_rows_[j - begin];
-      if (j < s.num_cached) {
-        const scalar_t* key = p.data + s.page_ids[j / p.page_size] * p.page_stride + j % p.page_size * p.slot_stride +
-                              head * p.head_stride;
-        row = {key, key + p.kind_stride, p.head_stride, p.head_stride};
-      } else {
-        const int64_t token = s.first_row + j - s.num_cached;
-        row = {batch_.k.at(token, head), batch_.v.at(token, head), batch_.k.head_stride, batch_.v.head_stride};
+    const int64_t head = task.head_begin, end = std::min(begin + most, task.key_end);
+    int64_t j = begin;
+    while (j < std::min(end, s.num_cached)) {  // page by page
+      const int64_t slot = j % p.page_size, last = std::min({j - slot + p.page_size, end, s.num_cached});
+      const scalar_t* key =
+          p.data + s.page_ids[j / p.page_size] * p.page_stride + slot * p.slot_stride + head * p.head_stride;
+      for (; j < last; ++j, key += p.slot_stride) {
+        *row++ = {key, key + p.kind_stride, p.head_stride, p.head_stride};
       }
     }
+    for (; j < end; ++j) {
+      const int64_t token = s.first_row + j - s.num_cached;
+      *row++ = {batch_.k.at(token, head), batch_.v.at(token, head), batch_.k.head_stride, batch_.v.head_stride};
+    }
+    return std::max<int64_t>(end - begin, 0);
   }
 
   // Writes a head's rows: the sums over the keys before the candidates and, of a candidate, its own value.
@@ -106,12 +112,14 @@ class Worker {
     const int64_t d = batch_.head_dim;
     for (int64_t i = 0; i < task.num_rows(); ++i) {
       const int64_t row = task.row_begin + i, token = s.first_row + row;
+      scalar_t* out = batch_.out + (token * batch_.num_heads + head) * d;
+      if (row < s.num_new - s.num_candidates && tiles_.write_row(sums, i, scale, out)) continue;
       tiles_.read_row(sums, i, row_);
       for (int64_t c = 0; c < d; ++c) {
         row_[c] *= scale;
       }
       if (row >= s.num_new - s.num_candidates) add_own_value(token, head);
-      narrow(row_, d, batch_.out + (token * batch_.num_heads + head) * d);
+      narrow(row_, d, out);
     }
   }
 
@@ -131,7 +139,7 @@ class Worker {
   const Batch<scalar_t>& batch_;
   tiles_t tiles_;
   real_t *partial_sums_, *sums_, *row_;
-  KeyRow<scalar_t>* key_rows_;
+  KeyRow<scalar_t> *key_rows_, *next_rows_;
 };
 
 // Runs f(worker, i) for every i below count, the next free thread taking the next i.

@@ -90,7 +90,7 @@ class LinearWorker {
         const bf16* right = packed_ + block * weight_.block_size() + 2 * step * TILE;
         // What is multiplied next comes from memory meanwhile, a few lines at a time.
         const bf16* next = right + 2 * depth * TILE;
-        const int64_t lines = std::max<int64_t>(1, 16 * 32 / count);
+        const int64_t lines = std::max<int64_t>(1, 16 * 32 / round_up(count, 32));
         for (int64_t row = 0; row < count; row += 32) {
           const bf16* left = tiles_ + row * steps * STEP + 2 * step * TILE;
           float* sums = sums_ + row * PackedWeight::COLUMNS;

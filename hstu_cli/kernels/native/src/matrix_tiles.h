@@ -70,19 +70,21 @@ inline void store_sums(float* sums, int64_t below) {
   _tile_stored(3, sums + below + SUM_TILE, 64);
 }
 
-// sums += [a0; a1] [b0 b1] over so many tiles of each. beside(step) runs between: other units are free meanwhile.
+// sums += [a0; a1] [b0 b1] over so many tiles of each. beside(step) runs between: other units are free meanwhile. Left
+// operands need not be packed: their rows lie row_bytes apart, their steps step_elements.
 template <typename steps_t, typename beside_t>
 inline __attribute__((always_inline)) void add_products(
-    steps_t steps, const bf16* a0, const bf16* a1, const bf16* b0, const bf16* b1, const beside_t& beside) {
+    steps_t steps, const bf16* a0, const bf16* a1, const bf16* b0, const bf16* b1, const beside_t& beside,
+    int64_t row_bytes = 64, int64_t step_elements = TILE) {
   for (int64_t step = 0; step < steps; ++step) {
-    const int64_t at = step * TILE;
-    HSTU_LOAD_TILE(4, a0 + at);
-    HSTU_LOAD_TILE(6, b0 + at);
+    const int64_t left = step * step_elements, right = step * TILE;
+    _tile_loadd(4, a0 + left, row_bytes);
+    HSTU_LOAD_TILE(6, b0 + right);
     _tile_dpbf16ps(0, 4, 6);
-    HSTU_LOAD_TILE(7, b1 + at);
+    HSTU_LOAD_TILE(7, b1 + right);
     beside(2 * step);
     _tile_dpbf16ps(1, 4, 7);
-    HSTU_LOAD_TILE(5, a1 + at);
+    _tile_loadd(5, a1 + left, row_bytes);
     _tile_dpbf16ps(2, 5, 6);
     beside(2 * step + 1);
     _tile_dpbf16ps(3, 5, 7);

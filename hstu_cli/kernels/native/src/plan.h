@@ -36,6 +36,15 @@ struct KeyRow {
   int64_t key_head_stride, value_head_stride;
 };
 
+// Keys that some heads of a sequence meet together, and those that come after them.
+template <typename scalar_t>
+struct Keys {
+  const KeyRow<scalar_t>* rows;
+  int64_t count;
+  const KeyRow<scalar_t>* next_rows;
+  int64_t next_count, num_heads;
+};
+
 // One sequence: its new tokens are rows first_row to first_row + num_new, the last num_candidates are candidates.
 struct Sequence {
   int64_t first_row, num_new, num_candidates, num_cached;

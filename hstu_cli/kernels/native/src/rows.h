@@ -2,13 +2,15 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <memory>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -16,26 +18,104 @@ namespace hstu {
 
 constexpr int64_t ROW_GRAIN = 1 << 15;  // elements that are worth waking a thread
 
-// The sum of f(x) over a row; lanes behind its end add nothing.
-template <typename real_t, typename f_t>
-real_t sum_of(const real_t* x, int64_t width, const f_t& f) {
-  using Vec = at::vec::Vectorized<real_t>;
-  Vec sums[2] = {Vec(real_t(0)), Vec(real_t(0))};
+// Calls f(at, low, high) for two vectors of elements at a time, widened where the dtype is narrow, and then
+// rest(at) for each element behind the last of them.
+template <typename scalar_t, typename f_t, typename rest_t>
+inline __attribute__((always_inline)) void for_vectors(const scalar_t* x, int64_t width, const f_t& f, const rest_t& rest) {
+  using Vec = at::vec::Vectorized<wide_t<scalar_t>>;
   int64_t i = 0;
   for (; i + 2 * Vec::size() <= width; i += 2 * Vec::size()) {
-    sums[0] = sums[0] + f(Vec::loadu(x + i));
-    sums[1] = sums[1] + f(Vec::loadu(x + i + Vec::size()));
+    if constexpr (std::is_same_v<scalar_t, wide_t<scalar_t>>) {
+      f(i, Vec::loadu(x + i), Vec::loadu(x + i + Vec::size()));
+    } else {
+      const auto [low, high] = at::vec::convert_to_float<scalar_t>(at::vec::Vectorized<scalar_t>::loadu(x + i));
+      f(i, low, high);
+    }
   }
-  real_t lanes[Vec::size()];
-  (sums[0] + sums[1]).store(lanes);
-  real_t sum = 0;
+  for (; i < width; ++i) rest(i);
+}
+
+// Two vectors as elements of x.
+template <typename scalar_t>
+inline void store_vectors(
+    at::vec::Vectorized<wide_t<scalar_t>> low, at::vec::Vectorized<wide_t<scalar_t>> high, scalar_t* x) {
+  if constexpr (std::is_same_v<scalar_t, wide_t<scalar_t>>) {
+    low.store(x);
+    high.store(x + low.size());
+  } else {
+    at::vec::convert_from_float<scalar_t>(low, high).store(x);
+  }
+}
+
+template <typename real_t>
+inline real_t sum_of_lanes(at::vec::Vectorized<real_t> v) {
+  real_t lanes[at::vec::Vectorized<real_t>::size()], sum = 0;
+  v.store(lanes);
   for (const real_t lane : lanes) sum += lane;
-  for (; i < width; ++i) {
-    real_t one[Vec::size()];
-    f(Vec(x[i])).store(one);
-    sum += one[0];
-  }
   return sum;
+}
+
+// out = (x - mean) / sqrt(variance + eps) * weight + bias, times u where there is one, in three passes over a row of
+// which the first alone reads memory. wide: [width], for what a narrow dtype is widened to.
+template <typename scalar_t, bool gated>
+void norm_row(
+    const scalar_t* x, const scalar_t* u, const wide_t<scalar_t>* weight, const wide_t<scalar_t>* bias, double eps,
+    int64_t width, wide_t<scalar_t>* wide, scalar_t* out) {
+  using real_t = wide_t<scalar_t>;
+  using Vec = at::vec::Vectorized<real_t>;
+  const real_t* row = wide;
+  if constexpr (std::is_same_v<scalar_t, real_t>) row = x;
+  Vec low_sum(real_t(0)), high_sum(real_t(0));
+  real_t rest_sum = 0;
+  for_vectors(
+      x, width,
+      [&](int64_t i, Vec low, Vec high) {
+        low_sum = low_sum + low;
+        high_sum = high_sum + high;
+        if (row == wide) {
+          low.store(wide + i);
+          high.store(wide + i + Vec::size());
+        }
+      },
+      [&](int64_t i) {
+        wide[i] = static_cast<real_t>(x[i]);
+        rest_sum += wide[i];
+      });
+  const real_t mean = (sum_of_lanes(low_sum + high_sum) + rest_sum) / static_cast<real_t>(width);
+  low_sum = high_sum = Vec(real_t(0));
+  rest_sum = 0;
+  for_vectors(
+      row, width,
+      [&](int64_t, Vec low, Vec high) {
+        low = low - Vec(mean);
+        high = high - Vec(mean);
+        low_sum = at::vec::fmadd(low, low, low_sum);
+        high_sum = at::vec::fmadd(high, high, high_sum);
+      },
+      [&](int64_t i) { rest_sum += (row[i] - mean) * (row[i] - mean); });
+  const real_t variance = (sum_of_lanes(low_sum + high_sum) + rest_sum) / static_cast<real_t>(width);
+  const real_t scale = real_t(1) / std::sqrt(variance + static_cast<real_t>(eps));
+  const auto normed = [&](int64_t i, Vec v) {
+    return at::vec::fmadd((v - Vec(mean)) * Vec(scale), Vec::loadu(weight + i), Vec::loadu(bias + i));
+  };
+  const auto rest = [&](int64_t i) {
+    const real_t value = (row[i] - mean) * scale * weight[i] + bias[i];
+    out[i] = static_cast<scalar_t>(gated ? value * static_cast<real_t>(u[i]) : value);
+  };
+  if constexpr (gated) {
+    for_vectors(
+        u, width,
+        [&](int64_t i, Vec low, Vec high) {
+          const int64_t next = i + Vec::size();
+          store_vectors(normed(i, Vec::loadu(row + i)) * low, normed(next, Vec::loadu(row + next)) * high, out + i);
+        },
+        rest);
+  } else {
+    for_vectors(
+        row, width,
+        [&](int64_t i, Vec low, Vec high) { store_vectors(normed(i, low), normed(i + Vec::size(), high), out + i); },
+        rest);
+  }
 }
 
 // out [rows, width] = LayerNorm(x), times u where there is one; the rows of x and u lie so far apart.
@@ -44,30 +124,18 @@ void layer_norm(
     const scalar_t* x, int64_t x_stride, const scalar_t* u, int64_t u_stride, const scalar_t* weight,
     const scalar_t* bias, double eps, int64_t rows, int64_t width, scalar_t* out) {
   using real_t = wide_t<scalar_t>;
-  std::vector<real_t> parameters(2 * width);
-  widen(weight, width, parameters.data());
-  widen(bias, width, parameters.data() + width);
+  std::unique_ptr<real_t[]> parameters(new real_t[2 * width]);
+  widen(weight, width, parameters.get());
+  widen(bias, width, parameters.get() + width);
   at::parallel_for(0, rows, std::max<int64_t>(1, ROW_GRAIN / width), [&](int64_t begin, int64_t end) {
-    using Vec = at::vec::Vectorized<real_t>;
-    std::vector<real_t> wide(2 * width);
-    real_t *row = wide.data(), *factor = row + width;
-    const real_t *w = parameters.data(), *b = w + width;
+    std::unique_ptr<real_t[]> wide(new real_t[width]);
+    const real_t *w = parameters.get(), *b = w + width;
     for (int64_t i = begin; i < end; ++i) {
-      widen(x + i * x_stride, width, row);
-      const auto mean = sum_of(row, width, [](Vec v) { return v; }) / static_cast<real_t>(width);
-      const Vec mean_lanes(mean);
-      const auto squares = sum_of(row, width, [&](Vec v) { return (v - mean_lanes) * (v - mean_lanes); });
-      const auto scale = real_t(1) / std::sqrt(squares / static_cast<real_t>(width) + static_cast<real_t>(eps));
-      for (int64_t c = 0; c < width; ++c) {
-        row[c] = (row[c] - mean) * scale * w[c] + b[c];
-      }
       if (u != nullptr) {
-        widen(u + i * u_stride, width, factor);
-        for (int64_t c = 0; c < width; ++c) {
-          row[c] *= factor[c];
-        }
+        norm_row<scalar_t, true>(x + i * x_stride, u + i * u_stride, w, b, eps, width, wide.get(), out + i * width);
+      } else {
+        norm_row<scalar_t, false>(x + i * x_stride, u, w, b, eps, width, wide.get(), out + i * width);
       }
-      narrow(row, width, out + i * width);
     }
   });
 }

@@ -6,6 +6,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 #include "dropout.h"
 #include "matrix_tiles.h"
 #include "rows.h"
@@ -103,6 +105,21 @@ class BlockSums {
   std::vector<real_t> sums_;
 };
 
+// The sum of f(i, v) over the vectors v of a row, f(i, x) of the elements behind the last of them.
+template <typename real_t, typename f_t>
+real_t sum_of(const real_t* x, int64_t width, const f_t& f) {
+  using Vec = at::vec::Vectorized<real_t>;
+  Vec sums[2] = {Vec(real_t(0)), Vec(real_t(0))};
+  int64_t i = 0;
+  for (; i + 2 * Vec::size() <= width; i += 2 * Vec::size()) {
+    sums[0] = sums[0] + f(i, Vec::loadu(x + i));
+    sums[1] = sums[1] + f(i + Vec::size(), Vec::loadu(x + i + Vec::size()));
+  }
+  real_t sum = sum_of_lanes(sums[0] + sums[1]);
+  for (; i < width; ++i) sum += f(i, x[i]);
+  return sum;
+}
+
 // LayerNorm(x), or with u dropout(LayerNorm(x) * u). mean, scale: of each row the mean and 1 / deviation.
 template <typename real_t>
 struct Norm {
@@ -123,9 +140,11 @@ struct Norm {
       real_t *row = wide.data(), *gate = row + width;
       for (int64_t i = begin; i < end; ++i) {
         x.load(i, width, row);
-        const real_t m = sum_of(row, width, [](Vec v) { return v; }) / static_cast<real_t>(width);
-        const Vec lanes(m);
-        const real_t squares = sum_of(row, width, [&](Vec v) { return (v - lanes) * (v - lanes); });
+        const real_t m = sum_of(row, width, [](int64_t, auto v) { return v; }) / static_cast<real_t>(width);
+        const real_t squares = sum_of(row, width, [&](int64_t, auto v) {
+          const decltype(v) centred = v - decltype(v)(m);
+          return centred * centred;
+        });
         const real_t s = 1 / std::sqrt(squares / static_cast<real_t>(width) + static_cast<real_t>(eps));
         mean[i] = m;
         scale[i] = s;
@@ -200,25 +219,16 @@ struct Norm {
       sums[width + c] += g[c];
       g[c] *= weight[c];
     }
-    const real_t mean = sum_of(g, width, [](Vec v) { return v; }) / static_cast<real_t>(width);
-    const real_t slope = dot(g, normed) / static_cast<real_t>(width);
+    const real_t mean = sum_of(g, width, [](int64_t, auto v) { return v; }) / static_cast<real_t>(width);
+    const real_t slope = sum_of(g, width, [&](int64_t c, auto v) {
+      if constexpr (std::is_same_v<decltype(v), Vec>) {
+        return v * Vec::loadu(normed + c);
+      } else {
+        return v * normed[c];
+      }
+    }) / static_cast<real_t>(width);
 #pragma omp simd
     for (int64_t c = 0; c < width; ++c) g[c] = (g[c] - normed[c] * slope - mean) * scale;
-  }
-
-  real_t dot(const real_t* a, const real_t* b) const {
-    Vec sums[2] = {Vec(real_t(0)), Vec(real_t(0))};
-    int64_t c = 0;
-    for (; c + 2 * Vec::size() <= width; c += 2 * Vec::size()) {
-      sums[0] = at::vec::fmadd(Vec::loadu(a + c), Vec::loadu(b + c), sums[0]);
-      sums[1] = at::vec::fmadd(Vec::loadu(a + c + Vec::size()), Vec::loadu(b + c + Vec::size()), sums[1]);
-    }
-    real_t lanes[Vec::size()];
-    (sums[0] + sums[1]).store(lanes);
-    real_t sum = 0;
-    for (const real_t lane : lanes) sum += lane;
-    for (; c < width; ++c) sum += a[c] * b[c];
-    return sum;
   }
 };
 

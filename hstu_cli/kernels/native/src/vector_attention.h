@@ -118,7 +118,7 @@ class VectorTiles {
   int64_t num_chunk_keys(int64_t /*num_heads*/) const { return MOST_KEYS; }
 
   template <typename row_t>
-  void load_queries(int64_t /*slot*/, int64_t num_rows, int64_t padded_rows, const row_t& row) {
+  void load_queries(int64_t /*head*/, int64_t num_rows, int64_t padded_rows, const row_t& row) {
     for (int64_t i = 0; i < padded_rows; i += PANEL) {
       for (int64_t j = 0; j < PANEL; ++j) {
         const scalar_t* query = i + j < num_rows ? row(i + j) : nullptr;
@@ -128,7 +128,36 @@ class VectorTiles {
     }
   }
 
-  void load(const KeyRow<scalar_t>* rows, int64_t count, int64_t /*num_heads*/) {
+  // sums [rows, width] = SiLU(q k') v over these keys, or that is added; row i sees those with diagonal + key <= i.
+  void attend(const Keys<scalar_t>& keys, int64_t padded_rows, int64_t diagonal, real_t* sums, bool add) {
+    load(keys.rows, keys.count);
+    for (int64_t row = 0; row < padded_rows; row += BLOCK_ROWS) {
+      const int64_t block_rows = std::min(BLOCK_ROWS, padded_rows - row);
+      const int64_t seen = row + block_rows - diagonal;  // by the last row
+      const int64_t num_seen = std::clamp<int64_t>(round_up(seen, 16), 0, padded_keys_);
+      if (num_seen == 0 && add) continue;
+      for (int64_t j = 0; j < num_seen; j += STRIP_KEYS) {
+        weigh(row, block_rows, j, std::min(STRIP_KEYS, num_seen - j), diagonal);
+      }
+      multiply_panels(
+          block_rows, width_, num_seen, weights_, LD_WEIGHTS, values_, MOST_KEYS, sums + row * sums_per_row(),
+          sums_per_row(), add);
+    }
+  }
+
+  // Row i of sums times a factor as a row of results; false where only read_row can.
+  bool write_row(const real_t* /*sums*/, int64_t /*i*/, real_t /*factor*/, scalar_t* /*out*/) const { return false; }
+
+  // Row i of sums: [width].
+  void read_row(const real_t* sums, int64_t i, real_t* row) const {
+    std::copy(sums + i * sums_per_row(), sums + i * sums_per_row() + width_, row);
+  }
+
+ private:
+  static constexpr int64_t STRIP_KEYS = 128, BLOCK_ROWS = 32;
+  static constexpr int64_t LD_WEIGHTS = MOST_KEYS + 32, LD_SCORES = BLOCK_ROWS + 16;
+
+  void load(const KeyRow<scalar_t>* rows, int64_t count) {
     padded_keys_ = round_up(count, PANEL);
     for (int64_t j = 0; j < padded_keys_; ++j) {
       load_row(j < count ? rows[j].key : nullptr, head_dim_, keys_ + j * ld_keys(), width_);
@@ -140,31 +169,6 @@ class VectorTiles {
       }
     }
   }
-
-  // sums [rows, width] += SiLU(q k') v over the loaded keys; row i sees those with diagonal + key <= i.
-  void attend(int64_t /*slot*/, int64_t padded_rows, int64_t diagonal, real_t* sums) {
-    for (int64_t row = 0; row < padded_rows; row += BLOCK_ROWS) {
-      const int64_t rows = std::min(BLOCK_ROWS, padded_rows - row);
-      const int64_t seen = row + rows - diagonal;  // by the last row
-      if (seen <= 0) continue;
-      const int64_t keys = std::min(round_up(seen, 16), padded_keys_);
-      for (int64_t j = 0; j < keys; j += STRIP_KEYS) {
-        weigh(row, rows, j, std::min(STRIP_KEYS, keys - j), diagonal);
-      }
-      multiply_panels(
-          rows, width_, keys, weights_, LD_WEIGHTS, values_, MOST_KEYS, sums + row * sums_per_row(), sums_per_row(),
-          true);
-    }
-  }
-
-  // Row i of sums: [width].
-  void read_row(const real_t* sums, int64_t i, real_t* row) const {
-    std::copy(sums + i * sums_per_row(), sums + i * sums_per_row() + width_, row);
-  }
-
- private:
-  static constexpr int64_t STRIP_KEYS = 128, BLOCK_ROWS = 32;
-  static constexpr int64_t LD_WEIGHTS = MOST_KEYS + 32, LD_SCORES = BLOCK_ROWS + 16;
 
   // The weights of a block of rows and a strip of keys. Zeros stand behind the last key: so are its weights.
   void weigh(int64_t row, int64_t rows, int64_t first_key, int64_t keys, int64_t diagonal) {

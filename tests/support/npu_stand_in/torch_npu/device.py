@@ -167,6 +167,12 @@ class NpuModule:
     def empty_cache(self) -> None:
         pass
 
+    def reset_peak_memory_stats(self, index: Any = None) -> None:
+        memory.reset_peak()
+
+    def max_memory_allocated(self, index: Any = None) -> int:
+        return memory.peak_bytes()
+
     def synchronize(self, index: Any = None) -> None:
         RECORDER.sync("synchronize")
         for stream in (STATE.default, *STATE.streams):

@@ -40,6 +40,7 @@ _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, (ctypes.c_void_p
 
 _owners: dict[int, tuple[object, ...]] = {}  # by the address of the managed tensor: what must live as long as it
 _bytes_of: dict[int, torch.Tensor] = {}  # by the address of a storage: its bytes, as the CPU sees them
+_peak_bytes = 0
 
 POISON = 0xA5
 """What fresh memory is full of, so that nobody takes it for zeros: NaN-like in no dtype, and far from any result."""
@@ -63,6 +64,8 @@ def new_bytes(num_bytes: int) -> torch.Tensor:
     managed.deleter = _delete
     _owners[ctypes.addressof(managed)] = (managed, shape, strides, content)
     _bytes_of[content.data_ptr()] = content
+    global _peak_bytes
+    _peak_bytes = max(_peak_bytes, used_bytes())
     capsule = _new_capsule(ctypes.addressof(managed), b"dltensor", None)
     return torch._C._from_dlpack(capsule)
 
@@ -82,6 +85,17 @@ def as_cpu(tensor: torch.Tensor) -> torch.Tensor:
 def used_bytes() -> int:
     """Bytes that live tensors of the device take."""
     return sum(content.numel() for content in list(_bytes_of.values()))
+
+
+def peak_bytes() -> int:
+    """The most of them since `reset_peak`."""
+    return _peak_bytes
+
+
+def reset_peak() -> None:
+    """Count from now on."""
+    global _peak_bytes
+    _peak_bytes = used_bytes()
 
 
 _clone_of_the_host = torch.UntypedStorage.clone
