@@ -22,6 +22,7 @@ from hstu_cli.bench.published import published_fused_tflops
 from hstu_cli.bench.training_layer import VARIANTS, TrainingWorkload
 from hstu_cli.commands import bench, bench_fused
 from hstu_cli.config import MODEL_PRESETS
+from hstu_cli.kernels.dispatch import choose_impl
 from hstu_cli.model.cost import SequenceShape, attention_flops, kept_bytes, linear_flops, training_flops
 
 SHAPE = ["--embedding-dim", "64", "--num-heads", "2"]
@@ -54,7 +55,11 @@ def test_every_length_and_variant_is_a_row(dtype: str, lengths: str) -> None:
     assert [(row["seqlen"], row["variant"]) for row in rows] == [(n, v) for n in (70, 33) for v in VARIANTS]
     for row in rows:
         assert row.keys() >= MEASURED
-        assert (row["num_layers"], row["batch_size"], row["impl"]) == (2, 3, "blocked")
+        assert (row["num_layers"], row["batch_size"], row["impl"]) == (
+            2,
+            3,
+            choose_impl("auto", "cpu", gradients=True).name,
+        )
         assert len(row["latency_ms"]["samples"]) == 2
         for whole, forward, backward in zip(
             *(row[f"{part}_ms"]["samples"] for part in ("latency", "forward", "backward")), strict=True
@@ -82,7 +87,8 @@ def test_flops_are_three_times_linear_and_three_and_a_half_times_attention() -> 
     assert training_flops(CONFIG, shapes) == 3 * (3 * linear_flops(CONFIG, 107) + 3.5 * attention_flops(CONFIG, pairs))
 
 
-def test_each_recompute_lowers_the_peak_by_what_all_but_one_layer_no_longer_keep() -> None:
+@pytest.mark.parametrize("impl", ["blocked", pytest.param("native", marks=pytest.mark.native)])
+def test_each_recompute_lowers_the_peak_by_what_all_but_one_layer_no_longer_keep(impl: str) -> None:
     workload = TrainingWorkload(
         CONFIG,
         Backend(),
@@ -91,7 +97,7 @@ def test_each_recompute_lowers_the_peak_by_what_all_but_one_layer_no_longer_keep
         batch_size=3,
         full=True,
         dropout=0.2,
-        impl="blocked",
+        impl=impl,
         seed=0,
     )
     baseline, *peaks = (workload.memory(name).peak_bytes for name in VARIANTS)
@@ -260,7 +266,7 @@ def test_mfu_is_of_the_better_product_before_and_after_the_cases(monkeypatch: py
         (["--num-heads", "3"], 2, "3 heads do not divide --embedding-dim 1024"),
         (["--dtype", "int8"], 2, "There is no dtype"),
         (["--dropout", "1"], 2, "--dropout takes a number from 0 to below 1"),
-        (["--impl", "native"], 2, "computes no gradients"),
+        (["--impl", "ascend"], 2, "runs on an NPU"),
         (["--impl", "reference"], 2, "--compare eager"),
         (["--compare", "keras"], 2, "--compare knows eager"),
         (["--plot", "chart.gif"], 2, ".png, .svg, .html"),

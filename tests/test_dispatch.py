@@ -16,10 +16,10 @@ CASES = [
     ("cpu", False, None, (*PLAIN, "native")),
     ("cuda", False, None, (*PLAIN, "triton")),
     ("npu", False, None, (*PLAIN, "ascend")),
-    ("cpu", True, None, PLAIN),
+    ("cpu", True, None, (*PLAIN, "native")),
     ("cuda", True, None, (*PLAIN, "triton")),
     ("npu", True, None, PLAIN),
-    ("cpu", True, FUSED, ("auto", "blocked")),
+    ("cpu", True, FUSED, ("auto", "blocked", "native")),
     ("cuda", True, FUSED, ("auto", "blocked", "triton")),
     ("npu", True, FUSED, ("auto", "blocked")),
 ]
@@ -53,8 +53,8 @@ def test_a_message_offers_what_is_taken(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--device", "cpu", "--impl", "triton"], "runs on an NVIDIA GPU, not on cpu; choose auto or blocked."),
-        (["--device", "cpu", "--impl", "native"], "computes no gradients; choose auto or blocked."),
+        (["--device", "cpu", "--impl", "triton"], "runs on an NVIDIA GPU, not on cpu; choose auto, blocked or native."),
+        (["--device", "cpu", "--impl", "ascend"], "runs on an NPU, not on cpu; choose auto, blocked or native."),
         (["--device", "cuda", "--impl", "native"], "runs on a CPU, not on cuda; choose auto, blocked or triton."),
         (["--device", "cuda", "--impl", "reference"], "adds its time); choose auto, blocked or triton."),
         (["--device", "npu", "--impl", "ascend"], "computes no gradients; choose auto or blocked."),
@@ -70,6 +70,5 @@ def test_commands_offer_what_runs_on_the_device(device: str) -> None:
     own = {"cpu": "native", "npu": "ascend"}[device]
     message = f"not on {device}; choose auto, reference, blocked or {own}."
     assert message in failure_of(2, "bench-layer", "--device", device, "--impl", "triton")
-    assert "choose auto, reference or blocked." in failure_of(
-        2, "train", "--out", "model", "--device", device, "--impl", "triton"
-    )
+    trains = {"cpu": "reference, blocked or native", "npu": "reference or blocked"}[device]
+    assert f"choose auto, {trains}." in failure_of(2, "train", "--out", "model", "--device", device, "--impl", "triton")

@@ -7,7 +7,7 @@ from hstu_cli.bench.memory import MemoryTimeline
 from hstu_cli.config import ModelConfig
 from hstu_cli.kernels import BatchPlan, LayerWeights, fused_hstu_layer, plan_batch
 from hstu_cli.kernels.attention import blocked
-from hstu_cli.kernels.fused_layer import RECOMPUTE, LayerSettings, composition, dropout
+from hstu_cli.kernels.fused_layer import RECOMPUTE, LayerSettings, composition, dropout, seeded_dropout
 from hstu_cli.model.cost import kept_bytes
 from hstu_cli.model.layer import HSTULayer, JaggedAttention
 
@@ -22,6 +22,7 @@ BATCHES = {
 """Tokens of each sequence, and how many of them are candidates."""
 
 every_batch = pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+every_implementation = pytest.mark.parametrize("impl", ["blocked", pytest.param("native", marks=pytest.mark.native)])
 every_recompute = pytest.mark.parametrize("recompute", RECOMPUTE)
 
 
@@ -74,63 +75,76 @@ class Layer:
         out = self(leaves[0], LayerWeights(*leaves[1:]), dtype=activations, **options)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
 
-    def __call__(self, x: torch.Tensor, weights: LayerWeights, **options) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, weights: LayerWeights, *, mask_of: str = "", **options) -> torch.Tensor:
+        """The layer, or the formula with the dropout mask of an implementation."""
         scales = {"alpha": 0.4, "scaling_seqlen": 50, "eps": 1e-5}
+        if mask_of:
+            share, seed = options.get("dropout", 0.0), options.get("seed", 0)
+            settings = LayerSettings(self.heads, *scales.values(), share, seed, "none", x.dtype)
+            drop = seeded_dropout(settings, mask_of)
+            return composition(x, weights, self.plan, settings, impl="reference", drop=drop)
         return fused_hstu_layer(x, weights, self.plan, num_heads=self.heads, **scales, **options)
 
 
+@every_implementation
 @every_recompute
 @pytest.mark.parametrize("share", [0.0, 0.3], ids=["", "dropout"])
 @every_batch
-def test_it_is_the_formula_with_its_gradients(batch, share: float, recompute: str) -> None:
+def test_it_is_the_formula_with_its_gradients(batch, share: float, recompute: str, impl: str) -> None:
     layer = Layer(batch, width=24, heads=3, head_dim=5)
     options = {"dropout": share, "seed": 11}
-    exact = layer.outcome(torch.float64, impl="reference", **options)
-    found = layer.outcome(torch.float64, recompute=recompute, **options)
+    exact = layer.outcome(torch.float64, mask_of=impl, **options)
+    found = layer.outcome(torch.float64, recompute=recompute, impl=impl, **options)
     for own, expected in zip(found, exact, strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-11, atol=1e-12)
 
 
+@every_implementation
 @every_recompute
-def test_it_passes_gradcheck(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_passes_gradcheck(recompute: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocked, "BLOCK_ROWS", 3)  # sequences longer and shorter than a block
     layer = Layer(((6, 0, 2, 1), (2, 0, 0, 1)), width=4, heads=2, head_dim=2)
     leaves = [tensor.clone().requires_grad_() for tensor in layer.tensors]
 
     def run(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        return layer(x, LayerWeights(*weights), dropout=0.4, seed=5, recompute=recompute)
+        return layer(x, LayerWeights(*weights), dropout=0.4, seed=5, recompute=recompute, impl=impl)
 
     assert torch.autograd.gradcheck(run, leaves)
 
 
+@every_implementation
 @pytest.mark.parametrize("dtype", NARROW_DTYPES, ids=str)
 @every_batch
-def test_rounding_errors_are_no_larger_than_the_compositions(batch, dtype: torch.dtype) -> None:
+def test_rounding_errors_are_no_larger_than_the_compositions(batch, dtype: torch.dtype, impl: str) -> None:
     layer = Layer(batch, width=24, heads=3, head_dim=40)
     options = {"dropout": 0.3, "seed": 11}
-    exact = layer.outcome(torch.float64, rounded=dtype, impl="reference", **options)
-    plain = layer.outcome(dtype, impl="reference", **options)
-    for own, theirs, true in zip(layer.outcome(dtype, **options), plain, exact, strict=True):
+    exact = layer.outcome(torch.float64, rounded=dtype, mask_of=impl, **options)
+    plain = layer.outcome(dtype, mask_of=impl, **options)
+    for own, theirs, true in zip(layer.outcome(dtype, impl=impl, **options), plain, exact, strict=True):
         assert own.dtype == dtype
         if true.numel():
             rounding = torch.finfo(dtype).eps * true.abs().max()
             assert (own - true).abs().max() <= 2 * ((theirs - true).abs().max() + rounding)
 
 
+@every_implementation
 @pytest.mark.parametrize("dtype", NARROW_DTYPES, ids=str)
-def test_what_is_computed_again_changes_no_bit(dtype: torch.dtype) -> None:
+def test_what_is_computed_again_changes_no_bit(dtype: torch.dtype, impl: str) -> None:
     layer = Layer(BATCHES["uneven"], width=24, heads=3, head_dim=16)
-    kept, *others = (layer.outcome(dtype, dropout=0.2, seed=1, recompute=recompute) for recompute in RECOMPUTE)
+    options = {"dropout": 0.2, "seed": 1, "impl": impl}
+    kept, *others = (layer.outcome(dtype, recompute=recompute, **options) for recompute in RECOMPUTE)
     for found in others:
         assert all(torch.equal(own, expected) for own, expected in zip(found, kept, strict=True))
 
 
-def test_narrow_activations_train_wide_weights() -> None:
+@every_implementation
+def test_narrow_activations_train_wide_weights(impl: str) -> None:
     """As in training: x and weights float32, activations bfloat16."""
     layer = Layer(BATCHES["uneven"], width=24, heads=3, head_dim=16)
     exact = layer.outcome(torch.float64, rounded=torch.float32, impl="reference")
     narrow = layer.outcome(torch.bfloat16, impl="reference")
-    for own, theirs, true in zip(layer.outcome(torch.float32, activations=torch.bfloat16), narrow, exact, strict=True):
+    found = layer.outcome(torch.float32, activations=torch.bfloat16, impl=impl)
+    for own, theirs, true in zip(found, narrow, exact, strict=True):
         assert own.dtype == torch.float32
         rounding = torch.finfo(torch.bfloat16).eps * true.abs().max()
         assert 0 < (own - true).abs().max() <= 2 * ((theirs - true).abs().max() + rounding)
@@ -162,16 +176,17 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
+@every_implementation
 @pytest.mark.parametrize("share", [0.0, 0.3], ids=["", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_kept_is_what_is_documented(dtype: torch.dtype, share: float) -> None:
+def test_what_is_kept_is_what_is_documented(dtype: torch.dtype, share: float, impl: str) -> None:
     layer = Layer(((130, 7), (0, 0)), CONFIG.hidden_dim, CONFIG.num_heads, CONFIG.head_dim)
     leaves = [tensor.to(dtype).requires_grad_() for tensor in layer.tensors]
     x, weights = leaves[0], LayerWeights(*leaves[1:])
     ends = len(x) * CONFIG.hidden_dim * dtype.itemsize  # the output is there besides; the input was there before
     for recompute in RECOMPUTE:
         with MemoryTimeline() as timeline:
-            out = layer(x, weights, dropout=share, recompute=recompute)
+            out = layer(x, weights, dropout=share, recompute=recompute, impl=impl)
         kept = kept_bytes(CONFIG, len(x), dtype.itemsize, recompute, dropout=share > 0)
         assert timeline.live_bytes == kept - ends + out.nbytes
     settings = LayerSettings(CONFIG.num_heads, 0.4, 50, 1e-5, share, 0, "none", dtype)
@@ -180,19 +195,20 @@ def test_what_is_kept_is_what_is_documented(dtype: torch.dtype, share: float) ->
         return torch.nn.functional.dropout(gated, share) if share else gated
 
     with MemoryTimeline() as timeline:
-        out = composition(x, weights, layer.plan, settings, impl="blocked", drop=drop)
+        out = composition(x, weights, layer.plan, settings, impl=impl, drop=drop)
     assert timeline.live_bytes == kept_bytes(CONFIG, len(x), dtype.itemsize, "baseline", dropout=share > 0) - ends + (
         out.nbytes
     )
 
 
-def test_scores_are_never_whole() -> None:
+@every_implementation
+def test_scores_are_never_whole(impl: str) -> None:
     """A strip of them is alive at a time."""
     tokens, heads = 4096, 1
     layer = Layer(((tokens,), (0,)), width=8, heads=heads, head_dim=8)
     leaves = [tensor.float().requires_grad_() for tensor in layer.tensors]
     with MemoryTimeline() as timeline:
-        layer(leaves[0], LayerWeights(*leaves[1:])).backward(layer.grad_out.float())
+        layer(leaves[0], LayerWeights(*leaves[1:]), impl=impl).backward(layer.grad_out.float())
     assert timeline.peak_bytes < tokens * tokens * 4
 
 
@@ -235,7 +251,7 @@ def test_a_layer_of_the_model_takes_it_and_follows_autocast_and_the_generator() 
         ({"recompute": "all"}, "recompute must be one of none"),
         ({"dropout": 1.0}, "dropout must be from 0 to below 1, not 1.0"),
         ({"dropout": -0.1}, "dropout must be"),
-        ({"impl": "native"}, "computes no gradients"),
+        ({"impl": "ascend"}, "runs on an NPU"),
         ({"impl": "reference", "recompute": "silu"}, "recomputes nothing"),
         ({"impl": "reference", "dtype": torch.bfloat16}, "recomputes nothing"),
     ],

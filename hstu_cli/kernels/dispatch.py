@@ -15,9 +15,9 @@ IMPLEMENTATIONS = ("reference", "blocked", "native", "triton", "ascend")
 """All implementations there are; an operator may offer a part of them."""
 
 WITHOUT_GRADIENTS = ("native", "triton", "ascend")
-"""Implementations of which single operators have no gradients; Triton's attention and training layer do."""
+"""Implementations of which single operators have no gradients; attention and the training layer of two of them do."""
 
-WITHOUT_TRAINING_LAYER = ("native", "ascend")
+WITHOUT_TRAINING_LAYER = ("ascend",)
 """Implementations in which the whole layer has no gradients either."""
 
 RUNS_ON = {"native": ("cpu", "a CPU"), "triton": ("cuda", "an NVIDIA GPU"), "ascend": ("npu", "an NPU")}
@@ -83,22 +83,23 @@ def check_possible(
     raise UsageError(f"Implementation {requested!r} {refused[requested]}; choose {listed}.")
 
 
-def choose_impl_for(requested: str, *tensors: torch.Tensor, triton_gradients: bool = False) -> str:
+def choose_impl_for(requested: str, *tensors: torch.Tensor, has_gradients: bool = False) -> str:
     """The name of the implementation that computes with these tensors, which are on one device.
 
-    triton_gradients: whether the operator has gradients in Triton.
+    has_gradients: whether the operator has gradients in C++ and in Triton.
     Raises what `choose_impl` does, and ValueError for an implementation without gradients where one is wanted.
     """
     device_type = tensors[0].device.type
     needs_gradient = wants_gradient(*tensors)
     autocast = casts(device_type)
+    differentiable = not needs_gradient or (has_gradients and device_type == "cpu")
     if requested == AUTO and (
-        needs_gradient or autocast or (device_type == "cuda" and tensors[0].dtype == torch.float64)
+        not differentiable or autocast or (device_type == "cuda" and tensors[0].dtype == torch.float64)
     ):
         return "blocked"  # which has gradients, and every dtype
     if autocast and requested in WITHOUT_GRADIENTS:
         raise ValueError(f"impl={requested!r} does not follow torch.autocast; use 'auto' or 'blocked' within it")
-    if needs_gradient and requested in WITHOUT_GRADIENTS and not (requested == "triton" and triton_gradients):
+    if needs_gradient and requested in WITHOUT_GRADIENTS and (requested == "ascend" or not has_gradients):
         raise ValueError(
             f"impl={requested!r} computes no gradients; use 'auto' or 'blocked', or run under torch.no_grad()"
         )
@@ -116,7 +117,7 @@ def exact_impl(name: str) -> str:
 
 
 def _fastest(device_type: str, build: bool, gradients: bool) -> ImplChoice:
-    if gradients and device_type != "cuda":
+    if gradients and device_type not in ("cuda", "cpu"):
         return ImplChoice("blocked", "auto: the fastest one with gradients")
     if device_type == "cuda":
         triton = triton_state()

@@ -33,10 +33,10 @@ def hstu_attention(
 
     M_ij is 1 where token i may see token j: for a history token, j <= i; for a candidate, j in the
     history or j == i. Returns o, [tokens, heads, head_dim] contiguous, in q's dtype; differentiable in
-    q, k and v, but for native. Triton computes in float32, float16 and bfloat16, head dims up to 256; a
+    q, k and v. Triton computes in float32, float16 and bfloat16, head dims up to 256; a
     tensor whose last dimension is not contiguous it copies first.
-    Raises ValueError for inputs that do not fit together, and for native where a gradient is wanted;
-    UnavailableError for native where it cannot be built, and for triton where it is not installed.
+    Raises ValueError for inputs that do not fit together; UnavailableError for native where it cannot be
+    built, and for triton where it is not installed.
 
     Plans the batch on every call; who runs several layers on one batch calls `plan_batch` once and
     `jagged_attention` for each.
@@ -58,7 +58,7 @@ def jagged_attention(
 ) -> torch.Tensor:
     """`hstu_attention` of a planned batch: looks at shapes, dtypes and devices alone, and waits for nothing."""
     check_planned(q, k, v, plan, scaling_seqlen)
-    match choose_impl_for(impl, q, k, v, triton_gradients=True):
+    match choose_impl_for(impl, q, k, v, has_gradients=True):
         case "reference":
             from hstu_cli.kernels.attention.reference import attention
         case "blocked":

@@ -36,8 +36,8 @@ def fused_hstu_layer(
     recompute: what the backward pass computes again instead of keeping it, one of `RECOMPUTE`: nothing, the normalised
       input, u, v, q and k, or both; results are the same, bit for bit.
     dtype: of activations and matrix products, None for that of x; gradients have the dtype of their tensors.
-    impl: `auto`, `blocked`, `triton` (activations in float32, float16 or bfloat16, head dims up to 256, rows up to
-      16,384 elements), or `reference`, which computes in the dtype of x and recomputes nothing.
+    impl: `auto`, `blocked`, `native`, `triton` (activations in float32, float16 or bfloat16, head dims up to 256, rows
+      up to 16,384 elements), or `reference`, which computes in the dtype of x and recomputes nothing.
     Differentiable once in x and the weights. Kept between the passes, for each token: x (D), the normalised input (D),
     SiLU's input (4 H d), u, v, q, k (4 H d), attention's output (H d) and two means and deviations.
     Raises ValueError for inputs that do not fit together, and what `choose_impl` does.
@@ -67,6 +67,8 @@ def fused_hstu_layer(
 
     if name == "triton":
         from hstu_cli.kernels.fused_layer import triton as pieces
+    elif name == "native":
+        from hstu_cli.kernels.fused_layer import native as pieces
     else:
         from hstu_cli.kernels.fused_layer import blocked as pieces
     return FusedLayer.apply(x, plan, settings, pieces, *weights)

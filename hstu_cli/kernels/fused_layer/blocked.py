@@ -45,6 +45,12 @@ def layer_norm_gradients(
     return grad_x, *sums.totals(weights)
 
 
+def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `Pieces`."""
+    linear = torch.addmm(bias, x, weight.T)
+    return linear, F.silu(linear)
+
+
 def silu(x: torch.Tensor) -> torch.Tensor:
     """See `Pieces`."""
     return F.silu(x)

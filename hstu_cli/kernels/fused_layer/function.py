@@ -30,6 +30,11 @@ class Pieces(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of x, with `residual` [T, D] added, of weight and of bias, for `grad` [T, D] of the result."""
 
+    def linear_silu(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x W' + b` [T, 4 * W] of x [T, D], weight [4 * W, D] and bias [4 * W] of one dtype, and `silu` of it."""
+
     def silu(self, x: torch.Tensor) -> torch.Tensor:
         """SiLU of x [T, 4 * W], as another tensor."""
 
@@ -91,10 +96,10 @@ class FusedLayer(torch.autograd.Function):
         ctx.plan, ctx.settings, ctx.pieces = plan, settings, pieces
         with torch.autocast(x.device.type, enabled=False):
             normed, *input_stats = pieces.layer_norm(x, w.input_norm_weight, w.input_norm_bias, settings)  # [T, D]
-            linear = _linear(normed, w.uvqk_weight, w.uvqk_bias)  # [T, 4 * W]
+            dtype = normed.dtype
+            linear, uvqk = pieces.linear_silu(normed, w.uvqk_weight.to(dtype), w.uvqk_bias.to(dtype))  # [T, 4 * W]
             kept_normed = normed if settings.keeps_normed else None
             del normed
-            uvqk = pieces.silu(linear)
             u, v, q, k = _split(uvqk, settings.num_heads)  # [T, H, d]
             o = pieces.attention(q, k, v, plan, settings).flatten(1)  # [T, W]
             gated, *output_stats = pieces.norm_mul_dropout(
@@ -164,11 +169,6 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_output_weight,
     )
     return grad_x, None, None, None, *(one.to(weight.dtype) for one, weight in zip(found, w, strict=True))
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`x W' + b` in the dtype of x."""
-    return torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).T)
 
 
 def _split(uvqk: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, ...]:

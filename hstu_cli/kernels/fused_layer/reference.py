@@ -52,6 +52,8 @@ def seeded_dropout(
             return x
         if impl == "triton":
             from hstu_cli.kernels.fused_layer.triton import dropout_mask
+        elif impl == "native":
+            from hstu_cli.kernels.fused_layer.native import dropout_mask
         else:
             from hstu_cli.kernels.fused_layer.dropout import dropout_mask
         dropped = dropout_mask(*x.shape, settings.dropout, settings.seed, device or x.device)

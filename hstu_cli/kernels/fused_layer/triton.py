@@ -72,6 +72,12 @@ def norm_mul_dropout_gradients(
     return gated, grad_o, *sums
 
 
+def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `Pieces`."""
+    linear = torch.addmm(bias, x, weight.T)
+    return linear, silu(linear)
+
+
 def silu(x: torch.Tensor) -> torch.Tensor:
     """See `Pieces`: a single pass, of which torch's own kernel is as fast as memory."""
     return F.silu(x)

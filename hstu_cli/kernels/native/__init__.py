@@ -1,1 +1,1 @@
-"""C++ implementation of the attention operators for CPUs: built on the user's machine, then loaded."""
+"""C++ implementation of the operators for CPUs: built on the user's machine, then loaded."""

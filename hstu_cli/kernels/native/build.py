@@ -9,13 +9,16 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 SOURCES = Path(__file__).parent / "src"
-MAIN_SOURCE = "ops.cpp"
+UNITS = ("ops.cpp", "training_ops.cpp")
+"""What is compiled, side by side; all else are headers of these."""
+
 LIBRARY = "hstu_native.so"
 FAILURE = "failure.txt"
 COMPILERS = ("g++", "c++", "clang++")
@@ -190,27 +193,32 @@ def _build(recipe: _Recipe, *, retry: bool) -> None:
 
 
 def _compile(recipe: _Recipe, folder: Path) -> None:
-    """Object file, then library; what the compiler says of a failure is kept beside where the library would be."""
-    object_file = folder / "ops.o"
-    commands = (
-        (recipe.compiler, *recipe.compile_flags, "-c", SOURCES / MAIN_SOURCE, "-o", object_file),
-        (recipe.compiler, *_sanitizers(recipe), object_file, "-o", folder / LIBRARY, *recipe.link_flags),
-    )
+    """Object files, then library; what the compiler says of a failure is kept beside where the library would be."""
+    objects = [folder / f"{unit}.o" for unit in UNITS]
+    compilations = [
+        (recipe.compiler, *recipe.compile_flags, "-c", SOURCES / unit, "-o", target)
+        for unit, target in zip(UNITS, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(len(UNITS)) as pool:
+        list(pool.map(lambda command: _run(recipe, command), compilations))
+    _run(recipe, (recipe.compiler, *_sanitizers(recipe), *objects, "-o", folder / LIBRARY, *recipe.link_flags))
+
+
+def _run(recipe: _Recipe, command: tuple[str | Path, ...]) -> None:
     # What is preloaded into Python, such as a sanitizer's library, is not meant for the compiler.
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    for command in commands:
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", check=False, env=environment,
-                timeout=BUILD_SECONDS,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise _Unavailable(f"{recipe.compiler} did not end within {BUILD_SECONDS} s") from None
-        if done.returncode < 0:  # killed, by the user or for lack of memory: the next start may fare better
-            raise _Unavailable(f"{recipe.compiler} was killed by signal {-done.returncode}")
-        if done.returncode > 0:
-            recipe.failure.write_text(f"{' '.join(map(str, command))}\n{done.stderr}{done.stdout}", encoding="utf-8")
-            raise _Unavailable(_failed(recipe))
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, env=environment,
+            timeout=BUILD_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise _Unavailable(f"{recipe.compiler} did not end within {BUILD_SECONDS} s") from None
+    if done.returncode < 0:  # killed, by the user or for lack of memory: the next start may fare better
+        raise _Unavailable(f"{recipe.compiler} was killed by signal {-done.returncode}")
+    if done.returncode > 0:
+        recipe.failure.write_text(f"{' '.join(map(str, command))}\n{done.stderr}{done.stdout}", encoding="utf-8")
+        raise _Unavailable(_failed(recipe))
 
 
 def _sanitizers(recipe: _Recipe) -> list[str]:

@@ -122,6 +122,20 @@ inline __m512i load_channels(const bf16* row, int64_t channel, int64_t num_chann
   return _mm512_maskz_loadu_epi16((__mmask32(1) << left) - 1, row + channel);
 }
 
+// Two rows of 32 columns as pairs: those of even columns, and of odd ones. Nothing moves between lanes; what is
+// multiplied with both comes out with even and odd columns apart, and `in_order` puts them in order.
+inline void interleave_rows(__m512i a, __m512i b, bf16* even, bf16* odd) {
+  _mm512_store_si512(even, _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
+  _mm512_store_si512(odd, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
+}
+
+// The first or second half of 32 columns whose even and odd ones are apart.
+template <int half>
+inline __m512 in_order(__m512 even, __m512 odd) {
+  const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutex2var_ps(even, _mm512_add_epi32(first, _mm512_set1_epi32(8 * half)), odd);
+}
+
 // A tile transposed, as 16 x 16 pairs of bf16.
 inline void transpose_tile(const bf16* source, bf16* target) { transpose_16x16(source, 16, target, 16); }
 
@@ -147,14 +161,18 @@ inline __m512i to_pairs(__m512 low, __m512 high) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
 }
 
-// x * sigmoid(alpha * x), right to 2^-13: bf16 keeps 2^-9. The cubic is the best relative fit of 2^f on [0, 1).
-inline __m512 silu_for_bf16(__m512 x, __m512 minus_alpha_log2e) {
-  const __m512 t = _mm512_mul_ps(x, minus_alpha_log2e);
+// 2^t, right to 2^-13: bf16 keeps 2^-9. The cubic is the best relative fit of 2^f on [0, 1).
+inline __m512 exp2_for_bf16(__m512 t) {
   const __m512 f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.0780245f), f, _mm512_set1_ps(0.2260672f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6958335f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.9999252f));
-  const __m512 e = _mm512_scalef_ps(p, t);
+  return _mm512_scalef_ps(p, t);
+}
+
+// x * sigmoid(alpha * x).
+inline __m512 silu_for_bf16(__m512 x, __m512 minus_alpha_log2e) {
+  const __m512 e = exp2_for_bf16(_mm512_mul_ps(x, minus_alpha_log2e));
   return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(e, _mm512_set1_ps(1.0f))));
 }
 

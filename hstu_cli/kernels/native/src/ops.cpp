@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "matrix_linear.h"
 #include "rows.h"
+#include "tensors.h"
 
 namespace hstu {
 
@@ -21,13 +22,6 @@ bool has_bf16_tiles() {
   return false;
 #endif
 }
-
-template <typename scalar_t>
-Rows<scalar_t> rows_of(const at::Tensor& x) {
-  return {x.const_data_ptr<scalar_t>(), x.stride(0), x.stride(1)};
-}
-
-at::Tensor last_contiguous(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
 template <typename tiles_t>
 at::Tensor run(
@@ -47,29 +41,6 @@ at::Tensor run(
     attention<tiles_t>(batch);
   }
   return out;
-}
-
-// The caller has checked what a user may get wrong; here is what would read beyond a tensor.
-std::vector<Sequence> sequences_of(
-    const at::Tensor& q, at::IntArrayRef offsets, at::IntArrayRef num_candidates, at::IntArrayRef page_indptr,
-    at::IntArrayRef page_ids, at::IntArrayRef cached_lengths) {
-  std::vector<Sequence> sequences;
-  TORCH_CHECK_VALUE(offsets.size() == num_candidates.size() + 1, "offsets and num_candidates do not fit");
-  for (size_t b = 0; b < num_candidates.size(); ++b) {
-    const int64_t begin = offsets[b], length = offsets[b + 1] - begin;
-    TORCH_CHECK_VALUE(begin >= 0 && length >= 0 && begin + length <= q.size(0), "offsets are not rows of q");
-    TORCH_CHECK_VALUE(num_candidates[b] >= 0 && num_candidates[b] <= length, "more candidates than tokens");
-    const bool paged = !page_indptr.empty();
-    sequences.push_back(
-        {begin, length, num_candidates[b], paged ? cached_lengths[b] : 0,
-         paged ? page_ids.data() + page_indptr[b] : nullptr});
-  }
-  return sequences;
-}
-
-void check_like(const at::Tensor& q, const at::Tensor& x) {
-  const bool like = x.sizes() == q.sizes() && x.scalar_type() == q.scalar_type() && x.is_cpu();
-  TORCH_CHECK_VALUE(like, "k and v must be like q");
 }
 
 at::Tensor paged_attention(

@@ -24,7 +24,7 @@ inline void multiply_block(
   Vec sums[M][N];
   for (int i = 0; i < M; ++i) {
     for (int j = 0; j < N; ++j) {
-      sums[i][j] = add ? Vec::loadu(c + i * ldc + j * Vec::size()) : Vec(real_t(0));
+      sums[i][j] = Vec(real_t(0));
     }
   }
   for (int64_t l = 0; l < k; ++l) {
@@ -41,7 +41,9 @@ inline void multiply_block(
   }
   for (int i = 0; i < M; ++i) {
     for (int j = 0; j < N; ++j) {
-      sums[i][j].store(c + i * ldc + j * Vec::size());
+      // Added last: shorter sums round less.
+      real_t* target = c + i * ldc + j * Vec::size();
+      (add ? Vec::loadu(target) + sums[i][j] : sums[i][j]).store(target);
     }
   }
 }
