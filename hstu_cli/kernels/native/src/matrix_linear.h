@@ -78,7 +78,7 @@ class LinearWorker {
     Carver carver(scratch(sizes.used()));
     carve(carver);
     // Results that no cache will hold go to memory directly: it need not be read first.
-    stream_ = rows * weight.out >= 4 << 20 && weight.out % 32 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+    stream_ = rows * weight.out >= 1 << 20 && weight.out % 32 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
   }
 
   ~LinearWorker() { _mm_sfence(); }  // what was streamed is in memory before another thread looks
