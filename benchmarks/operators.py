@@ -4,7 +4,8 @@
 
 The cases are those of the tests (lengths 0 and 1, uneven batches, odd heads) and the operators of a layer of the
 `benchmark` model. Implementations take turns, and ratios are medians of pairs; an operator that takes microseconds is
-repeated within a turn. Ends with exit code 1 where the first implementation is slower than the second in every turn.
+repeated within a turn. Ends with exit code 1 where the first implementation is slower than the second by more than a
+tenth in every turn: two runs of one function differ by that.
 """
 
 import json
@@ -34,6 +35,7 @@ WIDTH, HEADS, HEAD_DIM = 1024, 4, 256  # of the `benchmark` model
 ROWS = (1, 128, 384, 4352)
 TURN_MS = 2.0
 """Operators that take less are repeated in a turn until they take about so long."""
+LEAST_RATIO = 0.9
 
 LARGE_ATTENTION = tuple(
     AttentionCase((length,) * batch, (candidates,) * batch, HEADS, HEAD_DIM)
@@ -147,7 +149,7 @@ def main(
         medians = (f"{row['latency_ms'][name]['p50']:.4f}" for name in names)
         table.add_row(row["operator"], row["case"], *medians, f"{row['ratio']:.2f}")
     Console().print(table)
-    if any(row["ratio_high"] < 1.0 for row in rows):
+    if any(row["ratio_high"] < LEAST_RATIO for row in rows):
         raise typer.Exit(1)
 
 
