@@ -40,7 +40,10 @@ Impl = Annotated[
     str, typer.Option(help="Implementation of the operators: auto, reference, blocked, native, triton or ascend.")
 ]
 TrainingImpl = Annotated[
-    str, typer.Option(help="Implementation of the operators and their gradients: auto, reference, blocked or triton.")
+    str,
+    typer.Option(
+        help="Implementation of the operators and their gradients: auto, reference, blocked, native or triton."
+    ),
 ]
 AppendImpl = Annotated[
     str,
