@@ -1,12 +1,13 @@
 """Gradients of blocked HSTU attention: scores are computed again block by block, never kept."""
 
+from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from hstu_cli.kernels.attention import blocked
+from hstu_cli.kernels.attention.function import differentiable
 
 FORBIDDEN = -1e4
 """A score at which SiLU and its slope are 0 in every dtype: exp(1e4) is infinite."""
@@ -25,46 +26,8 @@ def attention(
     scaling_seqlen: int,
 ) -> torch.Tensor:
     """See `hstu_attention`; with gradients where q, k or v asks for them."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return BlockedAttention.apply(q, k, v, offsets, num_candidates, alpha, scaling_seqlen)
-    return blocked.attention(q, k, v, offsets, num_candidates, alpha=alpha, scaling_seqlen=scaling_seqlen)
-
-
-class BlockedAttention(torch.autograd.Function):
-    """`hstu_attention` by strips, forward and backward; what is kept for the backward is q, k and v alone."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        offsets: list[int],
-        num_candidates: list[int],
-        alpha: float,
-        scaling_seqlen: int,
-    ) -> torch.Tensor:
-        """See `blocked.attention`."""
-        ctx.save_for_backward(q, k, v)
-        ctx.offsets, ctx.num_candidates, ctx.alpha, ctx.scaling_seqlen = offsets, num_candidates, alpha, scaling_seqlen
-        return blocked.attention(q, k, v, offsets, num_candidates, alpha=alpha, scaling_seqlen=scaling_seqlen)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of q, k and v, [T, H, d] each."""
-        inputs = ctx.saved_tensors
-        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-        attention_gradients(
-            grads,
-            *inputs,
-            grad_out,
-            ctx.offsets,
-            ctx.num_candidates,
-            alpha=ctx.alpha,
-            scaling_seqlen=ctx.scaling_seqlen,
-        )
-        return *grads, None, None, None, None
+    batch = {"offsets": offsets, "num_candidates": num_candidates, "alpha": alpha, "scaling_seqlen": scaling_seqlen}
+    return differentiable(q, k, v, partial(blocked.attention, **batch), partial(attention_gradients, **batch))
 
 
 def attention_gradients(

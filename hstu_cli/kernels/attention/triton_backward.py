@@ -10,6 +10,7 @@ import triton
 from hstu_cli.backend import backend_of
 from hstu_cli.kernels.attention import triton as forward_pass
 from hstu_cli.kernels.attention import triton_backward_kernel as kernels
+from hstu_cli.kernels.attention.function import differentiable
 from hstu_cli.kernels.attention.plan import BatchPlan
 from hstu_cli.kernels.triton.aot import AotSpec
 from hstu_cli.kernels.triton.arguments import row_major, type_name
@@ -25,38 +26,8 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BatchPlan, *, alpha: float, scaling_seqlen: int
 ) -> torch.Tensor:
     """See `jagged_attention`; with gradients where q, k or v asks for them."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return TritonAttention.apply(q, k, v, plan, alpha, scaling_seqlen)
-    return forward_pass.attention(q, k, v, plan, alpha=alpha, scaling_seqlen=scaling_seqlen)
-
-
-class TritonAttention(torch.autograd.Function):
-    """`jagged_attention` in Triton, forward and backward; what is kept for the backward is q, k and v alone."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: BatchPlan,
-        alpha: float,
-        scaling_seqlen: int,
-    ) -> torch.Tensor:
-        """See `jagged_attention`."""
-        ctx.save_for_backward(q, k, v)
-        ctx.plan, ctx.alpha, ctx.scaling_seqlen = plan, alpha, scaling_seqlen
-        return forward_pass.attention(q, k, v, plan, alpha=alpha, scaling_seqlen=scaling_seqlen)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of q, k and v, [T, H, d] each."""
-        inputs = ctx.saved_tensors
-        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-        scales = {"alpha": ctx.alpha, "scaling_seqlen": ctx.scaling_seqlen}
-        attention_gradients(grads, *inputs, grad_out, ctx.plan, **scales)
-        return *grads, None, None, None
+    batch = {"plan": plan, "alpha": alpha, "scaling_seqlen": scaling_seqlen}
+    return differentiable(q, k, v, partial(forward_pass.attention, **batch), partial(attention_gradients, **batch))
 
 
 def attention_gradients(

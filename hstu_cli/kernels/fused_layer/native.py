@@ -7,6 +7,7 @@ faster here: the first linear layer with its SiLU, and the weights' gradients.
 import torch
 
 from hstu_cli.kernels.attention.native import attention as native_attention
+from hstu_cli.kernels.attention.native import attention_gradients as native_gradients
 from hstu_cli.kernels.attention.plan import BatchPlan
 from hstu_cli.kernels.fused_layer import blocked
 from hstu_cli.kernels.fused_layer.dropout import dropout_level
@@ -72,9 +73,8 @@ def attention_gradients(
     settings: LayerSettings,
 ) -> None:
     """See `Pieces`."""
-    torch.ops.hstu_native.attention_gradients(
-        q, k, v, grad_out, *plan.on_host(), settings.alpha, settings.scaling_seqlen, *grads
-    )
+    scales = {"alpha": settings.alpha, "scaling_seqlen": settings.scaling_seqlen}
+    native_gradients(grads, q, k, v, grad_out, *plan.on_host(), **scales)
 
 
 def norm_mul_dropout(
