@@ -34,3 +34,7 @@ def test_a_dry_run_has_a_record(tmp_path: Path, command: str) -> None:
 def test_plot_and_record_are_two_files(tmp_path: Path, command: str) -> None:
     path = tmp_path / "out.svg"
     assert "name the same file" in failure_of(2, command, "--plot", path, "--output-json", path)
+    linked = tmp_path / "link"
+    linked.symlink_to(tmp_path)
+    for other in (tmp_path / "." / "x" / ".." / path.name, linked / path.name):
+        assert "name the same file" in failure_of(2, command, "--plot", path, "--output-json", other)

@@ -1,6 +1,6 @@
 """`hstu compare`: two saved records side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,37 +14,17 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: hstu compare before.json after.json --fail-below 0.95"
 
-SETTINGS = ("env", "device", "args", "model", "embedding", "page_size", "dataset", "batch_size", "scaled")
-"""Parts of a record that decide what was measured."""
-
-NEVER_COMPARED = ("output_json", "plot", "profile", "verbose", "format", "metadata", "predictions_out", "git_commit")
-"""Settings that say where the result went, not what it is."""
-
-ROW_KEYS = (
-    "batch_size",
-    "num_users",
-    "history_length",
-    "cached_length",
-    "num_candidates",
-    "seqlen",
-    "num_layers",
-    "cache_tier",
-    "variant",
-    "embedding",
-    "impl",
-)
-"""Fields that name a row."""
-
-MAY_DIFFER = ((), ("impl", "cache_tier"), ("impl", "cache_tier", "embedding"))
-"""Fields in which the cases of two records may differ: the fewest that leave cases in common."""
-
 
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A.json", help="The record to compare with.")],
     second: Annotated[Path, typer.Argument(metavar="B.json", help="The record to judge.")],
     fail_below: Annotated[
-        float | None, typer.Option(min=0, metavar="RATIO", help="Exit 1 where B's speed over A's is below this.")
+        float | None,
+        typer.Option(min=0, metavar="RATIO", help="Exit 1 where B's speed over A's is below this, beyond doubt."),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="With --fail-below: a case in doubt, by noise or a slower machine, fails.")
+    ] = False,
     format: options.Format = options.OutputFormat.rich,
     output_json: options.OutputJson = None,
     metadata: options.Metadata = None,
@@ -52,18 +32,14 @@ def compare(
 ) -> None:
     """Put two JSON records of the same command side by side; a ratio above 1 means that B is faster."""
     args = dict(locals())
-    from hstu_cli.config import read_json_object
+    from hstu_cli.commands import comparison
     from hstu_cli.report import Reporter, environment, parse_metadata
 
-    records = []
-    for path in (first, second):
-        record = read_json_object(path)
-        if "command" not in record or "schema_version" not in record:
-            raise InputError(f"{path} is no record of hstu: it has no command or no schema_version.")
-        if record["schema_version"] != 1:
-            raise InputError(f"{path} has schema_version {record['schema_version']}; this version reads 1.")
-        records.append(record)
-    a, b = records
+    if strict and fail_below is None:
+        raise UsageError("--strict says how --fail-below judges: give both.")
+    if output_json is not None and output_json.resolve() in (first.resolve(), second.resolve()):
+        raise UsageError("--output-json names a record that is compared.")
+    a, b = _read(first), _read(second)
     if a["command"] != b["command"]:
         raise UsageError(f"{first} is of {a['command']} and {second} of {b['command']}: compare the same command.")
     reporter = Reporter(
@@ -73,35 +49,74 @@ def compare(
         output_json=output_json,
         metadata=parse_metadata(metadata or []),
     )
-    reporter.record |= {"env": environment(), "device": None, "compared": a["command"]}
-    invalid = {}
-    for path, record in zip((first, second), records, strict=True):
-        if record.get("status") != "valid":
-            invalid[path] = ", ".join(map(str, record.get("reasons") or ["no reason given"]))
-            reporter.warn(f"{path} is {record.get('status')}: {invalid[path]}")
-    ours, theirs = _cases(a, first), _cases(b, second)
-    pairs = _pairs(ours, theirs)
+    ours, theirs = comparison.cases(a, first), comparison.cases(b, second)
+    dropped = comparison.dropped_fields(ours, theirs)
+    names = [{comparison.without(key, dropped): key for key in cases} for cases in (ours, theirs)]
+    invalid = [path for path, record in ((first, a), (second, b)) if record.get("status") != "valid"]
+    warnings = [line for path, record in ((first, a), (second, b)) for line in _warnings(record, path)]
+    for line in warnings:
+        reporter.warn(line)
+    reporter.record |= {"env": environment(), "device": None, "compared": a["command"], "warnings": warnings}
     with reporter.running(_tables) as record:
-        record["differences"] = _differences(a, b)
+        record["differences"] = comparison.differences(a, b)
         record["rows"] = [
-            {"case": case, "a_ms": ours[one], "b_ms": theirs[other], "speed_ratio": ours[one] / theirs[other]}
-            for case, one, other in pairs
+            comparison.compared(
+                comparison.case_name(name), ours[one], theirs[names[1][name]], {"impl", "embedding"}.isdisjoint(dropped)
+            )
+            for name, one in names[0].items()
+            if name in names[1]
         ]
-        record["only_in_a"] = [_name(key) for key in ours if key not in {one for _, one, _ in pairs}]
-        record["only_in_b"] = [_name(key) for key in theirs if key not in {other for _, _, other in pairs}]
-        if not pairs:
+        record["only_in_a"] = [comparison.case_name(key) for name, key in names[0].items() if name not in names[1]]
+        record["only_in_b"] = [comparison.case_name(key) for name, key in names[1].items() if name not in names[0]]
+        if not record["rows"]:
             raise RunError("The two records have no measured case in common.")
         if fail_below is not None:
-            _judge(record, fail_below, invalid)
+            reasons = comparison.machine_doubts(a, b, fail_below)
+            for row in record["rows"]:
+                row |= comparison.verdict(row, fail_below, reasons)
+            doubtful = [row for row in record["rows"] if row["verdict"] == "in doubt"]
+            if doubtful and not strict:
+                more = f", and {len(doubtful) - 1} more" if len(doubtful) > 1 else ""
+                warnings.append(
+                    f"{len(doubtful)} of {len(record['rows'])} cases are below {fail_below:g} of A's speed, but may be "
+                    f"no slower: {doubtful[0]['case']} ({doubtful[0]['doubt']}){more}; --strict lets them fail"
+                )
+                reporter.warn(warnings[-1])
+            _judge(record, fail_below, strict, invalid)
 
 
-def _judge(record: Mapping[str, Any], fail_below: float, invalid: Mapping[Path, str]) -> None:
+def _read(path: Path) -> dict[str, Any]:
+    """A record of hstu; InputError for any other file."""
+    from hstu_cli.config import read_json_object
+
+    record = read_json_object(path)
+    if "command" not in record or "schema_version" not in record:
+        raise InputError(f"{path} is no record of hstu: it has no command or no schema_version.")
+    if record["schema_version"] != 1:
+        raise InputError(f"{path} has schema_version {record['schema_version']}; this version reads 1.")
+    for name in ("warnings", "reasons"):
+        if not isinstance(record.get(name) or [], list):
+            raise InputError(f"{path} is damaged: its {name} are no list.")
+    return record
+
+
+def _warnings(record: Mapping[str, Any], path: Path) -> list[str]:
+    """What a record says against itself: that it is not valid, and its own warnings."""
+    lines = [f"{path}: {line}" for line in record.get("warnings") or []]
+    if record.get("status") != "valid":
+        reasons = ", ".join(map(str, record.get("reasons") or ["no reason given"]))
+        lines.insert(0, f"{path} is {record.get('status')}: {reasons}")
+    return lines
+
+
+def _judge(record: Mapping[str, Any], fail_below: float, strict: bool, invalid: Sequence[Path]) -> None:
     """RunError where B is slower than it may be, lacks a case of A, or one of the records is not valid."""
     if invalid:
         raise RunError(f"{' and '.join(map(str, invalid))} cannot be judged: the run was not valid")
     if record["only_in_a"]:
         raise RunError(f"B lacks {len(record['only_in_a'])} of A's cases, {record['only_in_a'][0]} among them")
-    slow = [row for row in record["rows"] if row["speed_ratio"] < fail_below]
+    verdicts = ("slower", "in doubt") if strict else ("slower",)
+    slow = [row for row in record["rows"] if row["verdict"] in verdicts]
     if slow:
         worst = min(slow, key=lambda row: row["speed_ratio"])
         raise RunError(
@@ -110,79 +125,93 @@ def _judge(record: Mapping[str, Any], fail_below: float, invalid: Mapping[Path, 
         )
 
 
-Key = tuple[tuple[str, Any], ...]
-"""What names a case: fields of its row and their values."""
-
-
-def _cases(record: Mapping[str, Any], path: Path) -> dict[Key, float]:
-    """Median milliseconds of each measured case; `hstu infer` is one. InputError for a damaged record."""
-    cases: dict[Key, float] = {}
-    try:
-        for row in record.get("rows", [record]):
-            latency = row.get("total_latency_ms") or row.get("latency_ms") or {}
-            key = tuple((name, row[name]) for name in ROW_KEYS if "rows" in record and row.get(name) is not None)
-            if latency.get("p50"):
-                cases[key or (("command", record["command"]),)] = float(latency["p50"])
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged: its rows are no rows of hstu ({error}).") from error
-    return cases
-
-
-def _pairs(ours: Mapping[Key, float], theirs: Mapping[Key, float]) -> list[tuple[str, Key, Key]]:
-    """Cases of both, in A's order: the same in all that names them, else in all but a part of `MAY_DIFFER`."""
-    for ignored in MAY_DIFFER:
-        a, b = ({_without(key, ignored): key for key in cases} for cases in (ours, theirs))
-        if len(a) < len(ours) or len(b) < len(theirs):
-            break  # several implementations in one record: whose is whose cannot be told
-        pairs = [(_name(key), one, b[key]) for key, one in a.items() if key in b]
-        if pairs:
-            return pairs
-    return []
-
-
-def _without(key: Key, names: Sequence[str]) -> Key:
-    return tuple((name, value) for name, value in key if name not in names)
-
-
-def _name(key: Key) -> str:
-    return ", ".join(value if name == "command" else f"{name} {value}" for name, value in key)
-
-
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Settings that differ, machine and versions first."""
-    pairs = [(_flat(a.get(part), part), _flat(b.get(part), part)) for part in SETTINGS]
-    return [
-        {"setting": name, "a": one.get(name), "b": other.get(name)}
-        for one, other in pairs
-        for name in dict.fromkeys([*one, *other])
-        if name.rpartition(".")[2] not in NEVER_COMPARED and one.get(name) != other.get(name)
-    ]
-
-
-def _flat(value: Any, name: str) -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    if isinstance(value, Mapping):
-        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}").items()}
-    return {name: value}
-
-
 def _tables(record: Mapping[str, Any]) -> "list[Table]":
     from rich.table import Table
 
-    from hstu_cli.report import format_value
+    from hstu_cli.report import format_value, key_value_table
 
-    title = "What differs" + ("" if record["status"] == "valid" else f" ({', '.join(record['reasons'])})")
-    differences = Table("Setting", "A", "B", title=title, title_justify="left")
+    lines = {
+        "A": record["args"]["first"],
+        "B": record["args"]["second"],
+        **({"Failed": "; ".join(record["reasons"])} if record["reasons"] else {}),
+        **({"Warnings": "\n".join(record["warnings"])} if record["warnings"] else {}),
+    }
+    differences = Table("Setting", "A", "B", title="What differs", title_justify="left")
     for row in record["differences"]:
         differences.add_row(row["setting"], format_value(row["a"]), format_value(row["b"]))
     if not record["differences"]:
         differences.add_row("nothing", "", "")
-    cases = Table("Case", title=f"hstu {record['compared']}", title_justify="left")
-    for name in ("A (ms)", "B (ms)", "B's speed over A's"):
-        cases.add_column(name, justify="right")
-    for row in record["rows"]:
-        cases.add_row(row["case"], format_value(row["a_ms"]), format_value(row["b_ms"]), f"{row['speed_ratio']:.3f}")
-    for which in ("a", "b"):
-        for case in record[f"only_in_{which}"]:
-            cases.add_row(case, *(["-"] * 3), style="dim")
-    return [differences, cases]
+    return [key_value_table(f"hstu compare: {record['compared']}", lines), differences, *_case_tables(record)]
+
+
+def _case_tables(record: Mapping[str, Any]) -> "list[Table]":
+    """Times and speed-ups, a line for each case: what differs in their names are columns, the rest is a title."""
+    only = [(case, which) for which in ("a", "b") for case in record[f"only_in_{which}"]]
+    cases = [dict(_fields(case)) for case in (*(row["case"] for row in record["rows"]), *(case for case, _ in only))]
+    found: dict[str, dict[str, None]] = {}  # values of each field, in order
+    for case in cases:
+        for name, value in case.items():
+            found.setdefault(name, {})[value] = None
+    common = ", ".join(f"{name} {next(iter(values))}".strip() for name, values in found.items() if len(values) == 1)
+    varying = [name for name, values in found.items() if len(values) > 1]
+    times = _case_table(
+        f"Times: {common}" if common else "Times",
+        varying,
+        "A: ms (range)",
+        "B: ms (range)",
+        "B's speed over A's",
+        "Ranges",
+        "Verdict",
+    )
+    speedups = _case_table(
+        "Speed-ups over the baseline of the same run", varying, "A (range)", "B (range)", "B's over A's"
+    )
+    for row, case in zip(record["rows"], cases, strict=False):  # the other cases are in one record only
+        start = [case.get(name, "") for name in varying]
+        times.add_row(
+            *start,
+            _spread(row["a_ms"], row["a_range_ms"]),
+            _spread(row["b_ms"], row["b_range_ms"]),
+            f"{row['speed_ratio']:.3f}",
+            "overlap" if row["ranges_overlap"] else "apart",
+            row.get("verdict", "-"),
+        )
+        if row["a_speedup"] is not None or row["b_speedup"] is not None:
+            speedups.add_row(
+                *start,
+                _speedup(row["a_speedup"], row["a_speedup_range"]),
+                _speedup(row["b_speedup"], row["b_speedup_range"]),
+                "-" if row["speedup_ratio"] is None else f"{row['speedup_ratio']:.3f}",
+            )
+    for (_, which), case in zip(only, cases[len(record["rows"]) :], strict=True):
+        start = [case.get(name, "") for name in varying]
+        times.add_row(*start, *(["-"] * 4), f"only in {which.upper()}", style="dim")
+    return [times, speedups] if speedups.rows else [times]
+
+
+def _case_table(title: str, fields: Sequence[str], *columns: str) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in fields:
+        table.add_column(name.removeprefix("num_").replace("_", " ").capitalize(), justify="right")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap="range" in name)
+    return table
+
+
+def _fields(case: str) -> Iterator[tuple[str, str]]:
+    """Names and values of a case's name; `infer` has no value."""
+    for part in case.split(", "):
+        name, _, value = part.partition(" ")
+        yield name, value
+
+
+def _spread(median: float, limits: Sequence[float]) -> str:
+    from hstu_cli.report import format_value
+
+    return f"{format_value(median)} ({format_value(limits[0])}-{format_value(limits[1])})"
+
+
+def _speedup(median: float | None, limits: Sequence[float] | None) -> str:
+    return "-" if median is None or limits is None else f"{median:.2f} ({limits[0]:.2f}-{limits[1]:.2f})"

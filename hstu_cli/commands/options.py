@@ -141,7 +141,7 @@ def check_outputs(*, dry_run: bool, plot: Path | None, profile: Path | None, out
     for option, path, verb in (("--plot", plot, "plot"), ("--profile", profile, "trace")):
         if dry_run and path is not None:
             raise UsageError(f"{option} with --dry-run: nothing runs, so there is nothing to {verb}. Drop one of them.")
-    if plot is not None and plot == output_json:
+    if plot is not None and output_json is not None and plot.resolve() == output_json.resolve():
         raise UsageError("--plot and --output-json name the same file.")
 
 
