@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +44,21 @@ MEASURED = {
 }
 
 
+def check_limits(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> None:
+    """What the row says of its limits, computed again from its costs, the record's ceilings and its median."""
+
+    def least_ms(prefix: str, onload_bytes: float) -> float:
+        compute = row[f"{prefix}flops"] / ceilings["flops_per_s"]
+        memory = row[f"{prefix}bytes"] / ceilings["bytes_per_s"]
+        return 1e3 * max(compute, memory, onload_bytes / ceilings["onload_bytes_per_s"])
+
+    least = least_ms("", row["onload_bytes"])
+    assert least > 0
+    assert row["roofline_fraction"] == pytest.approx(least / row["latency_ms"]["p50"])
+    assert row["speedup_limit"] == pytest.approx(row["base_flops"] / row["flops"])
+    assert row["speedup_limit_roofline"] == pytest.approx(least_ms("base_", 0) / least)
+
+
 def test_every_combination_is_a_row() -> None:
     record = record_of(*SMALL, *GRID)
     rows = record["rows"]
@@ -55,7 +72,7 @@ def test_every_combination_is_a_row() -> None:
         assert row["impl"] == FASTEST
         assert row["cache_tier"] == ("device" if row["cached_length"] else None)
         assert len(row["latency_ms"]["samples"]) == 2
-        assert 0 < row["roofline_fraction"] < 1.5
+        check_limits(row, record["ceilings"])
         assert row["output_error"] < 1e-5
         assert (row["speedup_vs_uncached"] == 1) == (row["cached_length"] == 0)
         assert row["published_ms"] is None
@@ -65,7 +82,11 @@ def test_every_combination_is_a_row() -> None:
 
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_host_tier_and_the_eager_peer_compute_the_same(page_size: int) -> None:
-    rows = record_of(*SMALL, *GRID, "--cache-tier", "host", "--compare", "eager", "--page-size", page_size)["rows"]
+    record = record_of(*SMALL, *GRID, "--cache-tier", "host", "--compare", "eager", "--page-size", page_size)
+    rows = record["rows"]
+    for row in rows:
+        assert (row["onload_bytes"] > 0) == (row["cached_length"] > 0)
+        check_limits(row, record["ceilings"])
     assert {row["impl"] for row in rows} == {FASTEST, "eager"}
     assert {row["cache_tier"] for row in rows} == {None, "host"}
     assert all(row["output_error"] < 1e-5 for row in rows)
@@ -348,5 +369,4 @@ def test_ceilings_that_were_disturbed_are_measured_again(monkeypatch: pytest.Mon
         assert record["ceilings"]["flops_per_s"] == later.flops_per_s
         assert record["ceilings"]["bytes_per_s"] == 1e15
         for row in record["rows"]:
-            least_ms = 1e3 * max(row["flops"] / later.flops_per_s, row["bytes"] / 1e15)
-            assert row["roofline_fraction"] == pytest.approx(least_ms / row["latency_ms"]["p50"])
+            check_limits(row, record["ceilings"])
