@@ -2,16 +2,20 @@
 
 import itertools
 import json
+import weakref
 
 import numpy as np
 import pytest
 from support.cli import failure_of, invoke, record_of
 
 import hstu_cli.kvcache.batch as cache_batch
+from hstu_cli.bench import e2e
 from hstu_cli.bench.e2e import BASELINE, GRAPH, KVCACHE, GrowingUsers
 from hstu_cli.bench.published import published_e2e_ms
+from hstu_cli.bench.session import BenchSession
 from hstu_cli.commands import bench
 from hstu_cli.config import MODEL_PRESETS
+from hstu_cli.kvcache import KVCacheManager
 
 TINY = MODEL_PRESETS["tiny"]
 SMALL = ["bench-e2e", "--config", "tiny", "--history-step", "10", "--num-batches", "5", "--candidates", "9"]
@@ -70,6 +74,27 @@ def test_variants_without_the_baseline_are_still_compared_with_it() -> None:
     rows = record_of(*SMALL, "--num-users", "1", "--variants", "kvcache")["rows"]
     assert [row["variant"] for row in rows] == [KVCACHE]
     assert rows[0]["speedup_limit"] > 1
+
+
+def test_caches_are_gone_before_the_next_workload_asks_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[KVCacheManager]] = []
+    alive: list[int] = []
+
+    class Followed(KVCacheManager):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
+
+    lacking = BenchSession.memory_lacking
+
+    def counted(self: BenchSession, num_bytes: float) -> str | None:
+        alive.append(sum(cache() is not None for cache in made))
+        return lacking(self, num_bytes)
+
+    monkeypatch.setattr(e2e, "KVCacheManager", Followed)
+    monkeypatch.setattr(BenchSession, "memory_lacking", counted)
+    record_of(*SMALL, "--num-users", "1,2,3", "--num-iters", "1")
+    assert (len(made), alive) == (3, [0, 0, 0])
 
 
 def test_the_workload_is_the_published_one() -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from hstu_cli.kernels.dispatch import exact_impl
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
 from hstu_cli.model.buckets import Bucket
 from hstu_cli.model.cost import SequenceShape, activation_bytes, block_bytes, block_flops, block_parameters
+from hstu_cli.model.embedding import Lookup
 from hstu_cli.model.engine import InferenceEngine
 from hstu_cli.model.graphs import GraphRunner, why_not_captured
 from hstu_cli.model.lookups import make_lookup
@@ -127,13 +128,6 @@ class _Variant:
     def step(self, index: int, requests: Sequence[UserRequest]) -> None:
         self.logits[index] = self.engine.step(requests).logits
 
-    def capture(self) -> None:
-        """Capture the graphs of a variant that has some; OutOfMemoryError where memory does not suffice for all."""
-        if self.engine.graphs is not None:
-            self.engine.graphs.capture()
-            if self.engine.graphs.left_out:
-                raise OutOfMemoryError
-
     def forget(self) -> None:
         """Begin anew: nobody is cached."""
         if self.engine.cache is not None:
@@ -176,22 +170,17 @@ def run_e2e_benchmark(
         )
         reasons = {name: lacking or _why_not(session, name, impl) for name in variants}
         runnable = [name for name in variants if reasons[name] is None]
-        runs: list[_Variant] = []
-        for embedding, lookup in lookups.items() if runnable else ():
-            for name in dict.fromkeys((BASELINE, *runnable)):  # the others are compared with the baseline
-                pool = KVCacheConfig(workload.pages(config, page_size), page_size, append_impl=append_impl)
-                cache = KVCacheManager(pool, config, session.dtype, session.backend) if name != BASELINE else None
-                graphs = GraphRunner(model.layers, cache, impl, workload.buckets(config)) if name == GRAPH else None
-                label = name if len(lookups) == 1 else f"{embedding}, {name}"
-                runs.append(_Variant((embedding, name), label, InferenceEngine(model, impl, cache, lookup, graphs)))
-        measured = {}
-        try:
-            with out_of_memory_named():
-                for run in runs:
-                    run.capture()
-                measured = _measured(session, workload, runs, config, exact, seed) if runs else {}
-        except OutOfMemoryError:
-            reasons |= dict.fromkeys(runnable, "ran out of memory")
+        keys = itertools.product(lookups if runnable else (), dict.fromkeys((BASELINE, *runnable)))
+        make = partial(
+            _prepared,
+            session,
+            workload,
+            model,
+            lookups,
+            KVCacheConfig(workload.pages(config, page_size), page_size, append_impl=append_impl),
+            impl,
+        )
+        results = _results(session, workload, make, list(keys), config, exact, seed)
         for embedding, name in itertools.product(lookups, variants):
             row = {
                 "batch_size": workload.num_users,
@@ -208,7 +197,7 @@ def run_e2e_benchmark(
                 workload.num_batches,
                 workload.num_candidates,
             )
-            result = measured.get((embedding, name)) or {"skipped": reasons[name]}
+            result = results.get((embedding, name)) or {"skipped": reasons[name]}
             yield row | result | {"published_ms": published}
     on_group(len(workloads), len(workloads))
 
@@ -238,6 +227,52 @@ def dry_rows(
                 ),
                 "speedup_limit": workload.cost(config, itemsize, cached=False)[0] / flops,
             }
+
+
+def _prepared(
+    session: BenchSession,
+    workload: GrowingUsers,
+    model: RankingModel,
+    lookups: Mapping[str, Lookup],
+    pool: KVCacheConfig,
+    impl: str,
+    key: Key,
+) -> _Variant | None:
+    """A variant that is ready to be timed; None where memory does not suffice for its cache or its graphs."""
+    embedding, name = key
+    try:
+        with out_of_memory_named():
+            cache = graphs = None
+            if name != BASELINE:
+                cache = KVCacheManager(pool, model.config, session.dtype, session.backend)
+            if name == GRAPH:
+                graphs = GraphRunner(model.layers, cache, impl, workload.buckets(model.config))
+                graphs.capture()
+    except OutOfMemoryError:
+        return None
+    if graphs is not None and graphs.left_out:
+        return None
+    label = name if len(lookups) == 1 else f"{embedding}, {name}"
+    return _Variant(key, label, InferenceEngine(model, impl, cache, lookups[embedding], graphs))
+
+
+def _results(
+    session: BenchSession,
+    workload: GrowingUsers,
+    make: Callable[[Key], _Variant | None],
+    keys: Sequence[Key],
+    config: ModelConfig,
+    exact: InferenceEngine,
+    seed: int,
+) -> dict[Key, dict[str, Any]]:
+    """What became of each variant. Their caches and graphs are gone before the next workload asks for memory."""
+    results: dict[Key, dict[str, Any]] = {key: {"skipped": "ran out of memory"} for key in keys}
+    runs = [run for key in keys if (run := make(key)) is not None]
+    try:
+        with out_of_memory_named():
+            return results | (_measured(session, workload, runs, config, exact, seed) if runs else {})
+    except OutOfMemoryError:
+        return results
 
 
 def _measured(
