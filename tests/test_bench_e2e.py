@@ -3,6 +3,7 @@
 import itertools
 import json
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from support.cli import failure_of, invoke, record_of
 
 import hstu_cli.kvcache.batch as cache_batch
 from hstu_cli.bench import e2e
+from hstu_cli.bench.ceilings import Ceilings
 from hstu_cli.bench.e2e import BASELINE, GRAPH, KVCACHE, GrowingUsers
 from hstu_cli.bench.published import published_e2e_ms
 from hstu_cli.bench.session import BenchSession
@@ -155,6 +157,30 @@ def test_plots_show_totals_and_speedups(tmp_path) -> None:
     text = path.read_text()
     assert "Total of all batches" in text
     assert "<svg" in text
+
+
+def test_the_least_time_is_the_sum_of_the_batches() -> None:
+    """A workload whose first batch is bound by bandwidth and whose last one by computing."""
+    record = record_of(*SMALL, "--num-users", "2", "--variants", "baseline,kvcache")
+    costs = GrowingUsers(2, 10, 5, 9).costs(TINY, 4, cached=True)
+    flops, num_bytes = zip(*costs, strict=True)
+    middle = max(flops) / max(num_bytes)  # FLOPs for each byte at which the two take equally long
+    ceilings = Ceilings(middle * 1e9, 1e9, None, 1e9, 1e9, 1, 1)
+    for row in record["rows"]:
+        ceilings.apply(row)
+        assert {name: sum(batch[name] for batch in row["batch_costs"]) for name in row["batch_costs"][0]} == {
+            name: row[name] for name in ("flops", "bytes", "onload_bytes", "base_flops", "base_bytes")
+        }
+
+        def least_ms(prefix: str, row: dict[str, Any] = row) -> float:
+            pairs = [(batch[f"{prefix}flops"], batch[f"{prefix}bytes"]) for batch in row["batch_costs"]]
+            return sum(max(flops / middle, num_bytes) for flops, num_bytes in pairs) / 1e6
+
+        assert row["roofline_fraction"] == pytest.approx(least_ms("") / row["total_ms"])
+        assert row["speedup_limit_roofline"] == pytest.approx(least_ms("base_") / least_ms(""))
+    cached = record["rows"][1]
+    assert [(batch["flops"], batch["bytes"]) for batch in cached["batch_costs"]] == costs
+    assert least_ms("", cached) > max(sum(flops) / middle, sum(num_bytes)) / 1e6  # of sums, it would be less
 
 
 def test_many_candidates_are_scored_in_one_pass() -> None:

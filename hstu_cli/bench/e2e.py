@@ -87,11 +87,17 @@ class GrowingUsers:
         sizes = {sum(shape.num_new for shape in batch) for batch in self.shapes(config, cached=True)}
         return [Bucket(size, self.num_users) for size in sizes]
 
+    def costs(self, config: ModelConfig, itemsize: int, *, cached: bool) -> list[tuple[int, int]]:
+        """FLOPs and bytes of the block for each batch."""
+        return [
+            (block_flops(config, shapes), block_bytes(config, shapes, itemsize, stored=cached))
+            for shapes in self.shapes(config, cached=cached)
+        ]
+
     def cost(self, config: ModelConfig, itemsize: int, *, cached: bool) -> tuple[int, int]:
         """FLOPs and bytes of the block over all batches."""
-        batches = self.shapes(config, cached=cached)
-        flops = sum(block_flops(config, shapes) for shapes in batches)
-        return flops, sum(block_bytes(config, shapes, itemsize, stored=cached) for shapes in batches)
+        flops, num_bytes = zip(*self.costs(config, itemsize, cached=cached), strict=True)
+        return sum(flops), sum(num_bytes)
 
     def pages(self, config: ModelConfig, page_size: int) -> int:
         """Pages that hold all users' histories."""
@@ -296,7 +302,7 @@ def _measured(
         embedding: session.check_rounding(f"{group}, {base.name}", _rounding(base, batches, exact))
         for embedding, base in bases.items()
     }
-    base_flops, base_bytes = workload.cost(config, session.dtype.itemsize, cached=False)
+    base_costs = workload.costs(config, session.dtype.itemsize, cached=False)
     measured = {}
     for run in runs:
         embedding, variant = run.key
@@ -304,23 +310,25 @@ def _measured(
         pairs = [(run.logits[i], base.logits[i]) for i in range(len(batches))]
         errors = [relative_error(torch.from_numpy(own), torch.from_numpy(expected)) for own, expected in pairs]
         session.check(f"{group}, {run.name}", max(errors), budgets[embedding])
-        flops, num_bytes = workload.cost(config, session.dtype.itemsize, cached=variant != BASELINE)
+        costs = workload.costs(config, session.dtype.itemsize, cached=variant != BASELINE)
+        batch_costs = [
+            {"flops": own[0], "bytes": own[1], "onload_bytes": 0, "base_flops": theirs[0], "base_bytes": theirs[1]}
+            for own, theirs in zip(costs, base_costs, strict=True)
+        ]
+        sums = {name: sum(batch[name] for batch in batch_costs) for name in batch_costs[0]}
         total = latency_summary(samples[run.name].sum(axis=-1))
         speedup = paired_ratio(samples[base.name], samples[run.name])
         measured[run.key] = {
             "total_ms": total["p50"],
-            "tflops": flops / total["p50"] * 1e-9,
+            "tflops": sums["flops"] / total["p50"] * 1e-9,
             "latency_ms": latency_summary(samples[run.name]),
             "total_latency_ms": total,
             "speedup_vs_baseline": speedup.median,
             "speedup_range": [speedup.low, speedup.high],
-            "speedup_limit": base_flops / flops,
+            "speedup_limit": sums["base_flops"] / sums["flops"],
             "max_abs_logit_difference": max(float(np.abs(own - expected).max()) for own, expected in pairs),
-            "flops": flops,
-            "bytes": num_bytes,
-            "onload_bytes": 0,
-            "base_flops": base_flops,
-            "base_bytes": base_bytes,
+            **sums,
+            "batch_costs": batch_costs,
         }
         session.ceilings.apply(measured[run.key])
         if run.engine.graphs is not None:
