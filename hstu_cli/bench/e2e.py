@@ -31,7 +31,7 @@ from hstu_cli.model.graphs import GraphRunner, why_not_captured
 from hstu_cli.model.lookups import make_lookup
 from hstu_cli.model.ranking import RankingModel, random_model
 from hstu_cli.model.tokens import UserRequest
-from hstu_cli.timing import Case, latency_summary, paired_ratio
+from hstu_cli.timing import Case, latency_summary
 
 BASELINE, KVCACHE, GRAPH = VARIANTS = ("baseline", "kvcache", "kvcache+graph")
 
@@ -317,7 +317,7 @@ def _measured(
         ]
         sums = {name: sum(batch[name] for batch in batch_costs) for name in batch_costs[0]}
         total = latency_summary(samples[run.name].sum(axis=-1))
-        speedup = paired_ratio(samples[base.name], samples[run.name])
+        speedup = session.speedup(group, base.name, run.name)
         measured[run.key] = {
             "total_ms": total["p50"],
             "tflops": sums["flops"] / total["p50"] * 1e-9,

@@ -10,7 +10,7 @@ from hstu_cli.bench.training_layer import EAGER, VARIANTS, TrainingWorkload
 from hstu_cli.config import ModelConfig
 from hstu_cli.hardware import HARDWARE_PRESETS
 from hstu_cli.model.cost import SequenceShape, block_parameters, kept_bytes, training_flops
-from hstu_cli.timing import Case, latency_summary, paired_ratio
+from hstu_cli.timing import Case, latency_summary
 
 HALF_DTYPES = ("float16", "bfloat16")
 """Dtypes that data sheets give the peak rate for."""
@@ -138,7 +138,7 @@ def _measured_rows(
     for name in names:
         forward, backward = runs[name].split_ms(session.iterations)
         latency = latency_summary(samples[name])
-        speedup = paired_ratio(samples["baseline"], samples[name]) if "baseline" in names else None
+        speedup = session.speedup(group, "baseline", name) if "baseline" in names else None
         tflops = flops / latency["p50"] * 1e-9
         rows.append(
             _row(grid, config, seqlen, name, impl)

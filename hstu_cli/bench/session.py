@@ -15,13 +15,29 @@ from hstu_cli.bench.ceilings import Ceilings, measure_ceilings
 from hstu_cli.config import MODEL_PRESETS, ModelConfig, resolve_model_config
 from hstu_cli.errors import RunError
 from hstu_cli.hardware import HardwarePreset
-from hstu_cli.timing import Case, CpuWatch, measure, noise_warnings
+from hstu_cli.timing import Case, CpuWatch, PairedRatio, measure, noise_warnings, paired_ratio, some
 
 MOST_ROUNDING = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 """The most that rounding may do to an uncached output, relative, by dtype; beyond it something is wrong."""
 
 MEMORY_SHARE = 0.8
 """Share of the available memory that a case may take by its estimate."""
+
+CONTRARY = 0.05
+"""So far apart, and on either side of 1, a paired speed-up and the ratio of the medians contradict one another."""
+
+ROW_NAMES = {
+    "num_users": "users",
+    "seqlen": "tokens",
+    "history_length": "history",
+    "cached_length": "cached",
+    "num_candidates": "candidates",
+    "batch_size": "batch",
+    "embedding": "",
+    "variant": "",
+    "impl": "",
+}
+"""The fields that name a row, and how a warning calls those that are numbers."""
 
 
 @dataclass
@@ -39,6 +55,7 @@ class BenchSession:
     profile_dir: Path | None = None
     failures: list[str] = field(default_factory=list)
     _samples: dict[str, np.ndarray] = field(default_factory=dict)
+    _contrary: list[str] = field(default_factory=list)
     _watch: CpuWatch = field(default_factory=CpuWatch)
 
     def measure(self, group: str, cases: Sequence[Case]) -> dict[str, np.ndarray]:
@@ -77,11 +94,29 @@ class BenchSession:
         if not error <= budget:
             self.failures.append(f"{what}: {kind} error {error:.3g} is beyond the budget {budget:.3g}")
 
+    def speedup(self, group: str, base: str, name: str) -> PairedRatio:
+        """How many times as fast as `base` a measured case is, in pairs; notes where the medians say the contrary."""
+        theirs, own = (self._samples[f"{group}, {case}"] for case in (base, name))
+        ratio = paired_ratio(theirs, own)
+        medians = float(np.median(theirs.sum(axis=-1)) / np.median(own.sum(axis=-1)))
+        if (ratio.median - 1) * (medians - 1) < 0 and abs(ratio.median - medians) > CONTRARY:
+            self._contrary.append(f"{group}, {name}: {ratio.median:.2f} in pairs, {medians:.2f} of the medians")
+        return ratio
+
     def warnings(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """What readers must know about the noise of all cases so far, whose rows these are."""
+        warnings = noise_warnings(self._samples) + self._watch.warnings()
+        if self._samples and self.iterations == 1:
+            warnings.append("a single sample of each case: it does not show how much they vary (raise --num-iters)")
+        if self._contrary:
+            warnings.append(f"speed-up and medians disagree about which case is faster: {some(self._contrary)}")
         beyond = max((row.get("roofline_fraction") or 0.0 for row in rows), default=0.0)
-        ceilings = [f"machine busy: its ceilings were measured too low, a case reached {beyond:.0%} of them"]
-        return noise_warnings(self._samples) + self._watch.warnings() + (ceilings if beyond > 1 else [])
+        if beyond > 1:
+            warnings.append(f"a case reached {beyond:.0%} of the measured ceilings")
+        faster = [text for row in rows if (text := _beyond_limits(row))]
+        if faster:
+            warnings.append(f"speed-ups beyond both of their limits: {some(faster)}")
+        return warnings
 
     def raise_failures(self) -> None:
         """RunError where the output of a case was wrong."""
@@ -103,6 +138,16 @@ class BenchSession:
                     self.backend.synchronize()
         name = "".join(c if c.isalnum() else "-" for c in group)
         trace.export_chrome_trace(str(self.profile_dir / f"{name}.json"))
+
+
+def _beyond_limits(row: Mapping[str, Any]) -> str | None:
+    """The speed-up of a row that is beyond both of its limits, in words; None for any other row."""
+    speedup = row.get("speedup_vs_uncached", row.get("speedup_vs_baseline"))
+    limits = [row[name] for name in ("speedup_limit", "speedup_limit_roofline") if name in row]
+    if speedup is None or not limits or speedup <= max(limits):
+        return None
+    named = (f"{word} {row[name]}".strip() for name, word in ROW_NAMES.items() if name in row)
+    return f"{speedup:.2f}, limit {max(limits):.2f} ({', '.join(named)})"
 
 
 class OutOfMemoryError(Exception):

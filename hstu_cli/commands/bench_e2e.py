@@ -219,7 +219,7 @@ def _panels(record: Mapping[str, Any]) -> "list[Panel]":
     for row in rows:
         name = f"{row['variant']}, {row['embedding']}" if several else row["variant"]
         found.setdefault(name, {})[row["num_users"]] = row
-    labels = [f"{count} users" for count in users]
+    labels = [f"{count} user{'s' if count > 1 else ''}" for count in users]
 
     def values(field: str, name: str) -> list[float | None]:
         return [found[name].get(count, {}).get(field) for count in users]
