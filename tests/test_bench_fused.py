@@ -227,16 +227,14 @@ def test_the_default_run_shrinks_until_it_fits_and_says_so(monkeypatch: pytest.M
 def test_a_run_that_stays_long_says_how_long_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many layers are more than the smallest size makes up for; and what the user chose is not made smaller."""
     quick = invoke(*SMALL, "--seqlens", "16", "--format", "json")
-    assert "estimated_seconds" not in json.loads(quick.stdout)
+    assert 0 < json.loads(quick.stdout)["estimated_seconds"] < bench_fused.CPU_SECONDS
     assert "by estimate" not in quick.stderr
     monkeypatch.setattr(bench_fused, "CPU_SECONDS", 1e-6)
     for options in (["--seqlens", "16"], ["--seqlens", "16", "--full"]):
         result = invoke(*SMALL, *options, "--format", "json")
-        record = json.loads(result.stdout)
-        is_said = "--full" not in options
-        assert ("estimated_seconds" in record) == is_said
-        assert result.stderr.count("This takes about 0 minutes on this CPU, by estimate.") == is_said
-        assert [row["seqlen"] for row in record["rows"]] == [16] * 4
+        assert json.loads(result.stdout)["estimated_seconds"] > 0
+        assert result.stderr.count("This takes about 0 minutes on this CPU, by estimate.") == 1
+        assert [row["seqlen"] for row in json.loads(result.stdout)["rows"]] == [16] * 4
 
 
 def test_mfu_is_of_the_better_product_before_and_after_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def bench_layer(
     with bench.benchmark(
         opened, _tables, _panels, warmup=num_iters_warmup, iterations=num_iters, plot=plot, profile=profile
     ) as run:
-        if opened.backend.type == "cpu" and not full:
+        if opened.backend.type == "cpu":
             # A dense composition takes several times as long.
             slower = 5 if grid.compare_eager or opened.impl.name == "reference" else 1
 
@@ -120,7 +120,7 @@ def bench_layer(
                 return bench.estimated_seconds(run.session, flops, rounds * slower)
 
             given = {"histories": history, "candidates": candidates, "batch_sizes": batch_size}
-            free = {name for name, text in given.items() if text is None}
+            free = {name for name, text in given.items() if text is None and not full}
             whole, grid = grid, scaled_grid(grid, free, bench.CPU_SECONDS, seconds)
             if grid != whole:
                 bench.say_scaled(
@@ -128,6 +128,7 @@ def bench_layer(
                     f"histories {_listed(grid.histories)}, candidates {_listed(grid.candidates)}, "
                     f"batch sizes {_listed(grid.batch_sizes)}",
                 )
+            bench.note_estimate(opened, sum(map(seconds, grid.groups())), bench.CPU_SECONDS)
         for row in run_layer_benchmark(
             run.session,
             model_config,
