@@ -1,14 +1,18 @@
 """What a benchmark's session says of the samples and rows of its cases."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.cli import record_of
 
-from hstu_cli.backend import Backend
+from hstu_cli.backend import DTYPES, Backend
 from hstu_cli.bench.ceilings import Ceilings
-from hstu_cli.bench.session import BenchSession
+from hstu_cli.bench.session import BenchSession, most_rounding
+from hstu_cli.config import MODEL_PRESETS
 from hstu_cli.timing import Case
 
 CEILINGS = Ceilings(1e12, 1e12, None, 1e10, 1e10, 1, 1)
@@ -90,3 +94,37 @@ def test_a_speedup_beyond_both_limits_is_said_and_no_cause_is_claimed() -> None:
         "speed-ups beyond both of their limits: 419.00, limit 1.70 (history 48, cached 24, batch 2, native)",
     ]
     assert said_by(session_of([100, 100], [50, 50]), [row | {"roofline_fraction": 1.0}]) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_layers", "explained", "wrong"),
+    [
+        (torch.bfloat16, 8, 0.05, 0.06),
+        (torch.bfloat16, 1, 0.019, 0.02),
+        (torch.float16, 8, 0.006, 0.008),
+        (torch.float32, 8, 9e-4, 1.1e-3),
+        (torch.bfloat16, 8, 0.0, float("nan")),
+    ],
+    ids=str,
+)
+def test_an_error_is_wrong_where_the_layers_roundings_do_not_explain_it(
+    dtype: torch.dtype, num_layers: int, explained: float, wrong: float
+) -> None:
+    session = BenchSession(Backend(), dtype, CEILINGS, 0, 1)
+    assert session.check_rounding("g", explained, num_layers) == 2 * (explained + torch.finfo(dtype).eps)
+    assert session.failures == []
+    session.check_rounding("g", wrong, num_layers)
+    assert len(session.failures) == 1
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("num_layers", [1, 8])
+def test_real_errors_are_far_from_what_is_wrong(dtype: str, num_layers: int, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(MODEL_PRESETS["tiny"].to_dict() | {"num_layers": num_layers}))
+    grid = ["--history", "60,5", "--cached", "0", "--candidates", "0,9", "--batch-size", "1"]
+    for seed in range(3):
+        rows = record_of(
+            "bench-layer", "--config", config, *grid, "--dtype", dtype, "--num-iters", "1", "--seed", seed
+        )["rows"]
+        assert all(row["output_error"] < most_rounding(DTYPES[dtype], num_layers) / 2 for row in rows)

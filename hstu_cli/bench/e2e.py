@@ -37,6 +37,9 @@ BASELINE, KVCACHE, GRAPH = VARIANTS = ("baseline", "kvcache", "kvcache+graph")
 
 NUM_ITEMS = 10_000
 
+AROUND_LAYERS = 2
+"""Embedding and head round about as much as so many layers of the block."""
+
 
 @dataclass(frozen=True, slots=True)
 class GrowingUsers:
@@ -299,7 +302,9 @@ def _measured(
     samples = session.measure(group, cases)
     bases = {run.key[0]: run for run in runs if run.key[1] == BASELINE}
     budgets = {
-        embedding: session.check_rounding(f"{group}, {base.name}", _rounding(base, batches, exact))
+        embedding: session.check_rounding(
+            f"{group}, {base.name}", _rounding(base, batches, exact), config.num_layers + AROUND_LAYERS
+        )
         for embedding, base in bases.items()
     }
     base_costs = workload.costs(config, session.dtype.itemsize, cached=False)

@@ -235,7 +235,7 @@ def _checked(
     rows_of = (group.batch_size, group.history + group.candidates, -1)
     uncached = workload.uncached(everything, ours).view(rows_of)  # [B, n + c, D]
     rounding = relative_error(uncached[0], workload.exact_first(ours))
-    budget = session.check_rounding(group.name, rounding)
+    budget = session.check_rounding(group.name, rounding, workload.config.num_layers)
     workload.cached(everything, 0, ours)
     if grid.from_host:
         workload.copy_to_host()

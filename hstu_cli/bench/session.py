@@ -17,8 +17,11 @@ from hstu_cli.errors import RunError
 from hstu_cli.hardware import HardwarePreset
 from hstu_cli.timing import Case, CpuWatch, PairedRatio, measure, noise_warnings, paired_ratio, some
 
-MOST_ROUNDING = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
-"""The most that rounding may do to an uncached output, relative, by dtype; beyond it something is wrong."""
+LAYER_ROUNDINGS = 5
+"""Of a layer, in the dtype and one upon another: normalised input, projection, attention, gated output, sum."""
+
+FLOAT32_ROUNDING = 1e-3
+"""For float32 on any device: some accelerators multiply it with the 10 bits of TF32."""
 
 MEMORY_SHARE = 0.8
 """Share of the available memory that a case may take by its estimate."""
@@ -81,12 +84,12 @@ class BenchSession:
             return None
         return f"needs about {num_bytes / 1e9:,.1f} GB, {available / 1e9:,.1f} GB are available"
 
-    def check_rounding(self, what: str, error: float) -> float:
+    def check_rounding(self, what: str, error: float, num_layers: int) -> float:
         """The budget of what is compared with an uncached result that is itself so far from the exact one.
 
-        Twice that error and rounding; the error itself must be one that rounding can explain.
+        Twice that error and rounding; the error itself must be one that the rounding of so many layers can explain.
         """
-        self.check(f"{what}, uncached", error, MOST_ROUNDING.get(self.dtype, 0.0))
+        self.check(f"{what}, uncached", error, most_rounding(self.dtype, num_layers))
         return 2 * (error + torch.finfo(self.dtype).eps)
 
     def check(self, what: str, error: float, budget: float, kind: str = "output") -> None:
@@ -176,6 +179,17 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
     expected = expected.to("cpu", torch.float64)
     scale = max(float(expected.norm()), torch.finfo(torch.float64).tiny)
     return float((output.to("cpu", torch.float64) - expected).norm()) / scale
+
+
+def most_rounding(dtype: torch.dtype, num_layers: int) -> float:
+    """The most that rounding may do to the output of so many layers, relative; beyond it something is wrong.
+
+    Each rounding is off by at most eps / 2 and those of a layer add up at worst; layers are independent of one
+    another, so theirs add up as the root of their number.
+    """
+    if dtype == torch.float32:
+        return FLOAT32_ROUNDING
+    return LAYER_ROUNDINGS * torch.finfo(dtype).eps / 2 * num_layers**0.5
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
