@@ -1,10 +1,15 @@
 """Outputs of the benchmarks that a run would leave out or overwrite: a usage error instead of silence."""
 
+import io
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-from support.cli import failure_of, invoke
+from rich.console import Console
+from support.cli import failure_of, invoke, record_of
+
+from hstu_cli.report import FILE_WIDTH
 
 BENCHMARKS = ("bench-layer", "bench-e2e", "bench-fused")
 
@@ -34,3 +39,29 @@ def test_a_dry_run_has_a_record(tmp_path: Path, command: str) -> None:
 def test_plot_and_record_are_two_files(tmp_path: Path, command: str) -> None:
     path = tmp_path / "out.svg"
     assert "name the same file" in failure_of(2, command, "--plot", path, "--output-json", path)
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("bench-layer", ["--history", "4096", "--cached", "0", "--candidates", "256", "--batch-size", "1"]),
+        ("bench-e2e", ["--num-users", "1", "--variants", "baseline"]),
+    ],
+)
+def test_headers_in_a_pipe_are_whole(command: str, options: list[str]) -> None:
+    """Of the widest table: with published figures and a long label, wide numbers and ranges."""
+    module = import_module(f"hstu_cli.commands.{command.replace('-', '_')}")
+    latency = {"p50": 123456.0, "min": 123000.0, "max": 129000.0}
+    row = {
+        "history_length": 1_000_000, "cached_length": 999_000, "num_candidates": 256, "batch_size": 8, "num_users": 8,
+        "impl": "reference", "variant": "kvcache+graph", "embedding": "dynamicemb", "latency_ms": latency,
+        "total_latency_ms": latency, "tflops": 1.234567, "roofline_fraction": 0.5, "speedup_limit": 22.4,
+        "speedup_vs_uncached": 12.5, "speedup_vs_baseline": 12.5, "speedup_range": [11.25, 12.75],
+        "published_ms": 9.25, "published_speedup": 7.75, "output_error": 0.0123, "max_abs_logit_difference": 0.0123,
+    }  # fmt: skip
+    record = record_of(command, *options, "--dry-run", "--device", "l40s") | {"rows": [row]}
+    record["embeddings"] = [{"name": "torch"}, {"name": "dynamicemb"}]
+    console = Console(width=FILE_WIDTH, file=io.StringIO())
+    for table in module._tables(record):
+        console.print(table)
+    assert "…" not in console.file.getvalue()

@@ -189,6 +189,7 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
             name,
             justify="left" if name in ("", "Embedding", "Variant") else "right",
             no_wrap="range" in name or name in ("", "Embedding", "Variant"),
+            overflow="fold",
         )
     for row in record["rows"]:
         start = [f"{row['num_users']}", *([row["embedding"]] if several else []), row["variant"]]

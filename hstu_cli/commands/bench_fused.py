@@ -235,7 +235,9 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
     columns += [f"{PUBLISHED}: TFLOP/s"] if published else []
     columns += ["Error", "of gradients"]
     for name in columns:
-        details.add_column(name, justify="left" if name == "Variant" else "right", no_wrap=name == "Variant")
+        details.add_column(
+            name, justify="left" if name == "Variant" else "right", no_wrap=name == "Variant", overflow="fold"
+        )
     for row in record["rows"]:
         start = [f"{row['seqlen']:,}", _name(row)]
         if "skipped" in row:

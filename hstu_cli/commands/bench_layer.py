@@ -171,7 +171,10 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
         table = Table(title=f"{candidates} candidates, batch size {batch}", title_justify="left")
         for name in names:
             table.add_column(
-                name, justify="left" if name in ("", "Impl") else "right", no_wrap="range" in name or not name
+                name,
+                justify="left" if name in ("", "Impl") else "right",
+                no_wrap="range" in name or not name,
+                overflow="fold",
             )
         for row in rows:
             start = [f"{row['history_length']:,}", f"{row['cached_length']:,}", row["impl"]]
