@@ -9,6 +9,8 @@ import pytest
 from rich.console import Console
 from support.cli import failure_of, invoke, record_of
 
+from hstu_cli.backend import Backend
+from hstu_cli.bench.session import MEMORY_SHARE
 from hstu_cli.report import FILE_WIDTH
 
 BENCHMARKS = ("bench-layer", "bench-e2e", "bench-fused")
@@ -33,6 +35,22 @@ def test_a_dry_run_has_a_record(tmp_path: Path, command: str) -> None:
     record = json.loads(path.read_text())
     assert record["dry_run"]
     assert record["rows"]
+
+
+@pytest.mark.parametrize("command", BENCHMARKS)
+def test_a_dry_run_says_what_a_run_would_leave_out(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the cases that memory does not hold, how many; and that time is known to a run alone."""
+    rows = record_of(command, "--dry-run", "--device", "cpu")["rows"]
+    most = max(row["memory_bytes"] for row in rows)
+    too_large = sum(row["memory_bytes"] == most for row in rows)
+    monkeypatch.setattr(Backend, "available_memory_bytes", (most - 1) / MEMORY_SHARE)
+    said = invoke(command, "--dry-run", "--device", "cpu").stdout
+    assert f"A run would skip {too_large} of {len(rows)} cases" in said
+    assert "may leave out more" in said
+    monkeypatch.setattr(Backend, "available_memory_bytes", most / MEMORY_SHARE + 1)
+    said = invoke(command, "--dry-run", "--device", "cpu", "--full").stdout
+    assert "would skip" not in said
+    assert "may leave out more" not in said
 
 
 @pytest.mark.parametrize("command", BENCHMARKS)

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from hstu_cli.bench.ceilings import measure_ceilings
-from hstu_cli.bench.session import BenchSession
+from hstu_cli.bench.session import MEMORY_SHARE, BenchSession
 from hstu_cli.charts import Panel, Timeline, write_plot
 from hstu_cli.commands.opening import Opened
 from hstu_cli.errors import InputError, RunError
@@ -116,8 +116,15 @@ def benchmark(
 
 
 def dry_run(opened: Opened, rows: Iterable[dict[str, Any]]) -> None:
-    """Print the cases and what they would cost."""
+    """Print the cases and what they would cost, and what a run would leave out."""
     rows = list(rows)
+    available = opened.backend.available_memory_bytes
+    lacking = sum(row["memory_bytes"] > MEMORY_SHARE * available for row in rows)
+    if lacking:
+        text = f"{lacking} of {len(rows)} cases: {available / 1e9:,.1f} GB are available."
+        opened.reporter.note(f"A run would skip {text}")
+    if opened.backend.type == "cpu" and not opened.reporter.record["args"]["full"]:
+        opened.reporter.note("A run measures this CPU first and may leave out more to be done in time; see --full.")
     with opened.reporter.running(lambda record: [_cost_table(record["rows"])]) as record:
         record["dry_run"] = True
         record["rows"] = rows
