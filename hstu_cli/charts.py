@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".html")
 
+MOST_LEVEL_LABELS = 8
+"""With more of them, the labels of a panel stand upright and are small, so that none covers another."""
+
 
 @dataclass(frozen=True, slots=True)
 class Panel:
@@ -82,7 +85,7 @@ def _figure(title: str, panels: Sequence[Panel | Timeline]) -> "Figure":
         limits = " (dashed: limit)" if isinstance(panel, Panel) and panel.limits else ""
         axes.set_title(panel.title + limits, fontsize="medium")
         axes.set_ylabel(panel.unit)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # outside: it covers no bar and no limit
     return figure
 
 
@@ -96,7 +99,9 @@ def _draw_bars(axes: "Axes", panel: Panel) -> None:
     for center, limit in zip(centers, panel.limits or (), strict=False):
         if limit is not None:
             axes.hlines(limit, center - 0.4, center + 0.4, colors="black", linestyles="dashed")
-    axes.set_xticks(centers, panel.labels, rotation=30 if max(map(len, panel.labels), default=0) > 8 else 0)
+    many = len(panel.labels) > MOST_LEVEL_LABELS
+    tilt = 90 if many else 30 if max(map(len, panel.labels), default=0) > 8 else 0
+    axes.set_xticks(centers, panel.labels, rotation=tilt, fontsize="x-small" if many else None)
 
 
 def _draw_lines(axes: "Axes", panel: Timeline) -> None:

@@ -13,14 +13,16 @@ from pathlib import Path
 class HardwarePreset:
     """A GPU that users compare with. It changes benchmark defaults and never labels a result.
 
-    `device_pattern` is matched against the driver's device name. `peak_bf16_tflops` is the dense
-    rate (no sparsity) and `memory_gb_per_s` the bandwidth, both from the vendor's data sheet.
+    `device_pattern` is matched against the driver's device name. `peak_bf16_tflops` is the dense rate (no sparsity) on
+    the vendor's data sheet, of the form factor that `peak_of` names, if the sheet tells several apart; the driver's
+    names of the others contain one of `slower`.
     """
 
     name: str
     device_pattern: str
     peak_bf16_tflops: float
-    memory_gb_per_s: float
+    peak_of: str = ""
+    slower: tuple[str, ...] = ()
     page_size: int = 32
     num_heads: int = 4
     head_dim: int = 256
@@ -29,16 +31,26 @@ class HardwarePreset:
         """Whether a device of this name, as its driver reports it, is this GPU."""
         return re.search(self.device_pattern, device_name, re.IGNORECASE) is not None
 
+    def has_peak(self, device_name: str) -> bool:
+        """Whether that device reaches the peak: one whole GPU of the form factor."""
+        words = re.split(r"[^a-z0-9]+", device_name.lower())
+        return self.matches(device_name) and not {"mig", *self.slower} & set(words)
+
+    @property
+    def peak_source(self) -> str:
+        """Where the peak comes from, as tables and JSON show it."""
+        return f"data sheet of {' '.join(filter(None, (self.name.upper(), self.peak_of)))}, dense"
+
 
 HARDWARE_PRESETS: dict[str, HardwarePreset] = {
     preset.name: preset
     for preset in (
-        HardwarePreset("l20", r"\bL20\b", 119.5, 864.0),
-        HardwarePreset("l40s", r"\bL40S\b", 362.0, 864.0),
-        HardwarePreset("a100", r"\bA100\b", 312.0, 2039.0),
-        HardwarePreset("h100", r"\bH100\b", 989.4, 3352.0),
-        HardwarePreset("h200", r"\bH200\b", 989.4, 4800.0),
-        HardwarePreset("b200", r"\bB200\b", 2250.0, 8000.0, page_size=128, num_heads=8, head_dim=128),
+        HardwarePreset("l20", r"\bL20\b", 119.5),
+        HardwarePreset("l40s", r"\bL40S\b", 362.0),
+        HardwarePreset("a100", r"\bA100\b", 312.0),
+        HardwarePreset("h100", r"\bH100\b", 989.4, "SXM", ("pcie", "nvl")),
+        HardwarePreset("h200", r"\bH200\b", 989.4, "SXM", ("nvl",)),
+        HardwarePreset("b200", r"\bB200\b", 2250.0, page_size=128, num_heads=8, head_dim=128),
     )
 }
 

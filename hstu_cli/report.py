@@ -246,9 +246,9 @@ def plain(value: Any) -> Any:
 
 
 def _without_samples(value: Any) -> Any:
-    """The record without its raw samples, which only the file and `--format json` carry."""
+    """The record without its raw samples and the costs of each batch, which only the file and `--format json` carry."""
     if isinstance(value, dict):
-        return {k: _without_samples(v) for k, v in value.items() if k != "samples"}
+        return {k: _without_samples(v) for k, v in value.items() if k not in ("samples", "batch_costs")}
     return [_without_samples(v) for v in value] if isinstance(value, list) else value
 
 

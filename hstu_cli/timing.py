@@ -119,12 +119,12 @@ def noise_warnings(samples: Mapping[str, np.ndarray]) -> list[str]:
     short = [name for name, total in totals.items() if total.sum() < SHORT_RUN_MS]
     warnings = []
     if busy:
-        warnings.append(f"machine busy: the median is more than {BUSY_RATIO:g} times the minimum in {_some(busy)}")
+        warnings.append(f"machine busy: the median is more than {BUSY_RATIO:g} times the minimum in {some(busy)}")
     if outliers:
         named = [f"{name} ({count})" for name, count in outliers.items()]
-        warnings.append(f"outliers beyond {OUTLIER_RATIO:g} times the median in {_some(named)}")
+        warnings.append(f"outliers beyond {OUTLIER_RATIO:g} times the median in {some(named)}")
     if short:
-        warnings.append(f"too short to trust (under {SHORT_RUN_MS:g} ms in all; raise --num-iters): {_some(short)}")
+        warnings.append(f"too short to trust (under {SHORT_RUN_MS:g} ms in all; raise --num-iters): {some(short)}")
     return warnings
 
 
@@ -156,7 +156,7 @@ def _cpu_seconds() -> tuple[float, float, float] | None:
     return sum(ticks) / per_second, (sum(ticks) - idle) / per_second, own.user + own.system
 
 
-def _some(names: Sequence[str], most: int = 2) -> str:
+def some(names: Sequence[str], most: int = 2) -> str:
     """The first few of a list of names."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return "; ".join(names[:most]) + more

@@ -2,16 +2,22 @@
 
 import itertools
 import json
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
 from support.cli import failure_of, invoke, record_of
 
 import hstu_cli.kvcache.batch as cache_batch
+from hstu_cli.bench import e2e, session
+from hstu_cli.bench.ceilings import Ceilings
 from hstu_cli.bench.e2e import BASELINE, GRAPH, KVCACHE, GrowingUsers
 from hstu_cli.bench.published import published_e2e_ms
+from hstu_cli.bench.session import BenchSession
 from hstu_cli.commands import bench
 from hstu_cli.config import MODEL_PRESETS
+from hstu_cli.kvcache import KVCacheManager
 
 TINY = MODEL_PRESETS["tiny"]
 SMALL = ["bench-e2e", "--config", "tiny", "--history-step", "10", "--num-batches", "5", "--candidates", "9"]
@@ -72,6 +78,27 @@ def test_variants_without_the_baseline_are_still_compared_with_it() -> None:
     assert rows[0]["speedup_limit"] > 1
 
 
+def test_caches_are_gone_before_the_next_workload_asks_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[KVCacheManager]] = []
+    alive: list[int] = []
+
+    class Followed(KVCacheManager):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
+
+    lacking = BenchSession.memory_lacking
+
+    def counted(self: BenchSession, num_bytes: float) -> str | None:
+        alive.append(sum(cache() is not None for cache in made))
+        return lacking(self, num_bytes)
+
+    monkeypatch.setattr(e2e, "KVCacheManager", Followed)
+    monkeypatch.setattr(BenchSession, "memory_lacking", counted)
+    record_of(*SMALL, "--num-users", "1,2,3", "--num-iters", "1")
+    assert (len(made), alive) == (3, [0, 0, 0])
+
+
 def test_the_workload_is_the_published_one() -> None:
     workload = GrowingUsers(num_users=2, history_step=256, num_batches=16, num_candidates=256)
     batches = workload.requests(MODEL_PRESETS["benchmark"], seed=0)
@@ -86,7 +113,9 @@ def test_the_workload_is_the_published_one() -> None:
     assert published_e2e_ms("h100", 8, BASELINE, 256, 16, 256) is None
 
 
-def test_dry_run_lists_costs_and_runs_nothing() -> None:
+def test_dry_run_lists_costs_and_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((bench, "measure_ceilings"), (e2e, "benchmark_model"), (session, "measure")):
+        monkeypatch.setattr(module, name, None)  # who calls it fails
     rows = record_of("bench-e2e", "--dry-run")["rows"]
     assert [(row["num_users"], row["variant"]) for row in rows][:4] == [
         (1, BASELINE), (1, KVCACHE), (1, GRAPH), (2, BASELINE),
@@ -130,6 +159,30 @@ def test_plots_show_totals_and_speedups(tmp_path) -> None:
     text = path.read_text()
     assert "Total of all batches" in text
     assert "<svg" in text
+
+
+def test_the_least_time_is_the_sum_of_the_batches() -> None:
+    """A workload whose first batch is bound by bandwidth and whose last one by computing."""
+    record = record_of(*SMALL, "--num-users", "2", "--variants", "baseline,kvcache")
+    costs = GrowingUsers(2, 10, 5, 9).costs(TINY, 4, cached=True)
+    flops, num_bytes = zip(*costs, strict=True)
+    middle = max(flops) / max(num_bytes)  # FLOPs for each byte at which the two take equally long
+    ceilings = Ceilings(middle * 1e9, 1e9, None, 1e9, 1e9, 1, 1)
+    for row in record["rows"]:
+        ceilings.apply(row)
+        assert {name: sum(batch[name] for batch in row["batch_costs"]) for name in row["batch_costs"][0]} == {
+            name: row[name] for name in ("flops", "bytes", "onload_bytes", "base_flops", "base_bytes")
+        }
+
+        def least_ms(prefix: str, row: dict[str, Any] = row) -> float:
+            pairs = [(batch[f"{prefix}flops"], batch[f"{prefix}bytes"]) for batch in row["batch_costs"]]
+            return sum(max(flops / middle, num_bytes) for flops, num_bytes in pairs) / 1e6
+
+        assert row["roofline_fraction"] == pytest.approx(least_ms("") / row["total_ms"])
+        assert row["speedup_limit_roofline"] == pytest.approx(least_ms("base_") / least_ms(""))
+    cached = record["rows"][1]
+    assert [(batch["flops"], batch["bytes"]) for batch in cached["batch_costs"]] == costs
+    assert least_ms("", cached) > max(sum(flops) / middle, sum(num_bytes)) / 1e6  # of sums, it would be less
 
 
 def test_many_candidates_are_scored_in_one_pass() -> None:

@@ -18,7 +18,8 @@ from support.cli import failure_of, invoke, record_of
 from hstu_cli.backend import Backend
 from hstu_cli.bench import session, training_layer
 from hstu_cli.bench.ceilings import Ceilings
-from hstu_cli.bench.published import published_fused_tflops
+from hstu_cli.bench.fused import peak_flops
+from hstu_cli.bench.published import FUSED_CASE, published_fused_tflops
 from hstu_cli.bench.training_layer import VARIANTS, TrainingWorkload
 from hstu_cli.commands import bench, bench_fused
 from hstu_cli.config import MODEL_PRESETS
@@ -160,17 +161,45 @@ def test_dry_run_lists_the_published_workload() -> None:
 
 
 def test_published_rates_are_those_of_their_case_alone() -> None:
-    shape = (1024, 4, 256)
-    assert published_fused_tflops("baseline", 1024, shape, full=True) == 195
-    assert published_fused_tflops("optimized", 8192, shape, full=True) == 477
-    assert published_fused_tflops("+silu_recompute", 2048, shape, full=True) == 320
+    assert published_fused_tflops("baseline", 1024, FUSED_CASE) == 195
+    assert published_fused_tflops("optimized", 8192, FUSED_CASE) == 477
+    assert published_fused_tflops("+silu_recompute", 2048, FUSED_CASE) == 320
+    assert published_fused_tflops("optimized", 512, FUSED_CASE) is None
+    assert published_fused_tflops("+layernorm_recompute", 1024, FUSED_CASE) is None
     for other in (
-        ("optimized", 512, shape, True),
-        ("optimized", 1024, (512, 4, 128), True),
-        ("optimized", 1024, shape, False),
-        ("+layernorm_recompute", 1024, shape, True),
+        {"dtype": torch.float16},
+        {"batch_size": 8},
+        {"batch_size": None},  # of random lengths
+        {"num_layers": 3},
+        {"embedding_dim": 512},
+        {"num_heads": 8},
+        {"head_dim": 128},
     ):
-        assert published_fused_tflops(*other[:3], full=other[3]) is None
+        assert published_fused_tflops("optimized", 1024, replace(FUSED_CASE, **other)) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", (989.4e12, "data sheet of H100 SXM, dense")),
+        ("NVIDIA H200", (989.4e12, "data sheet of H200 SXM, dense")),
+        ("NVIDIA A100-PCIE-40GB", (312e12, "data sheet of A100, dense")),  # the same rate in either form
+        ("NVIDIA L20", (119.5e12, "data sheet of L20, dense")),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H800", None),
+    ],
+)
+def test_a_data_sheet_holds_for_its_own_form_of_a_gpu(device: str, peak: tuple[float, str] | None) -> None:
+    class Named(Backend):
+        type, device_name = "cuda", device
+
+    ceilings = Ceilings(1e12, 2e12, None, 1e10, 1e10, 1, 1)
+    assert peak_flops(session.BenchSession(Named(), torch.bfloat16, ceilings, 0, 1)) == (
+        peak or (2e12, "large matrix product, measured before and after the cases")
+    )
 
 
 @pytest.mark.parametrize("spoiled", ["output", "gradient"])
@@ -227,16 +256,14 @@ def test_the_default_run_shrinks_until_it_fits_and_says_so(monkeypatch: pytest.M
 def test_a_run_that_stays_long_says_how_long_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many layers are more than the smallest size makes up for; and what the user chose is not made smaller."""
     quick = invoke(*SMALL, "--seqlens", "16", "--format", "json")
-    assert "estimated_seconds" not in json.loads(quick.stdout)
+    assert 0 < json.loads(quick.stdout)["estimated_seconds"] < bench_fused.CPU_SECONDS
     assert "by estimate" not in quick.stderr
     monkeypatch.setattr(bench_fused, "CPU_SECONDS", 1e-6)
     for options in (["--seqlens", "16"], ["--seqlens", "16", "--full"]):
         result = invoke(*SMALL, *options, "--format", "json")
-        record = json.loads(result.stdout)
-        is_said = "--full" not in options
-        assert ("estimated_seconds" in record) == is_said
-        assert result.stderr.count("This takes about 0 minutes on this CPU, by estimate.") == is_said
-        assert [row["seqlen"] for row in record["rows"]] == [16] * 4
+        assert json.loads(result.stdout)["estimated_seconds"] > 0
+        assert result.stderr.count("This takes about 0 minutes on this CPU, by estimate.") == 1
+        assert [row["seqlen"] for row in json.loads(result.stdout)["rows"]] == [16] * 4
 
 
 def test_mfu_is_of_the_better_product_before_and_after_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:

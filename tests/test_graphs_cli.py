@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.cli import failure_of, invoke, record_of
-from support.graphs import GraphBackend
+from support.graphs import GraphBackend, HostGraphRunner, RecordedPool
 
 from hstu_cli.config import MODEL_PRESETS
 from hstu_cli.data.synthetic import SyntheticOptions, prepare_synthetic
@@ -157,3 +157,15 @@ def test_bench_e2e_times_graphs_of_its_own_size() -> None:
 def test_bench_e2e_says_why_a_variant_does_not_run() -> None:
     rows = record_of(*E2E, "--num-users", "1", "--num-iters", "1", "--impl", "blocked", "--device", "cpu")["rows"]
     assert "impl blocked reads" in rows[2]["skipped"]
+
+
+@pytest.mark.usefixtures("graphs_on_a_cpu")
+def test_bench_e2e_skips_graphs_that_do_not_fit_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One user's graphs fit; the next workload's second bucket does not."""
+    pool = RecordedPool(fails_at={4})
+    monkeypatch.setattr(GraphBackend, "graph_pool", lambda self: pool)
+    monkeypatch.setattr("hstu_cli.model.graphs.CAPTURABLE", ("blocked",))
+    monkeypatch.setattr("hstu_cli.bench.e2e.GraphRunner", HostGraphRunner)
+    rows = record_of(*E2E, "--num-users", "1,2", "--num-iters", "1", "--impl", "blocked", "--device", "cpu")["rows"]
+    assert [row.get("skipped") for row in rows] == [None] * 5 + ["ran out of memory"]
+    assert [row["cuda_graph"]["eager_steps"] for row in rows if "cuda_graph" in row] == [0]

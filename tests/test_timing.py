@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from hstu_cli import timing
 from hstu_cli.backend import Backend
 from hstu_cli.timing import Case, CpuWatch, PairedRatio, latency_summary, measure, noise_warnings, paired_ratio
 
@@ -74,12 +75,39 @@ def test_many_noisy_cases_make_one_line() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/stat is Linux's")
-def test_other_processes_are_noticed() -> None:
-    watch = CpuWatch()
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
-        deadline = time.monotonic() + 20
-        while not (found := watch.warnings()) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        busy.kill()
-    assert found
-    assert "other processes used" in found[0]
+def test_cpu_seconds_tell_this_process_from_others() -> None:
+    """Another process that computes for half a second counts as busy and not as this one; then this one does."""
+    burn = "import time\nwhile time.process_time() < 0.5: pass"
+    before = timing._cpu_seconds()
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    others = timing._cpu_seconds()
+    start = time.process_time()
+    while time.process_time() < start + 0.5:
+        pass
+    own = timing._cpu_seconds()
+    (total, busy, ours), (later_total, later_busy, later_ours) = (
+        [b - a for a, b in zip(*pair, strict=True)] for pair in ((before, others), (others, own))
+    )
+    grain = 0.05  # of ticks
+    assert (ours < 0.25, later_ours > 0.5 - grain) == (True, True)
+    assert min(busy, later_busy) > 0.5 - grain
+    assert (total >= busy, later_total >= later_busy) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("end", "warnings"),
+    [
+        ((120.0, 61.0, 25.0), ["machine busy: other processes used 30% of the CPUs"]),
+        ((120.0, 61.0, 29.0), []),  # of 20 seconds, 11 were busy, 9 of them ours: a tenth
+        ((120.0, 61.0, 28.8), ["machine busy: other processes used 11% of the CPUs"]),
+        ((100.9, 50.9, 20.0), []),  # shorter than a second
+        (None, []),
+    ],
+    ids=["others", "a tenth", "just more", "short", "unknown"],
+)
+def test_other_processes_are_noticed(
+    end: tuple[float, float, float] | None, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = iter([(100.0, 50.0, 20.0), end])
+    monkeypatch.setattr(timing, "_cpu_seconds", lambda: next(readings))
+    assert CpuWatch().warnings() == warnings

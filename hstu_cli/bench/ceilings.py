@@ -53,12 +53,15 @@ class Ceilings:
     def apply(self, row: dict[str, Any]) -> None:
         """Set the row's `roofline_fraction` and `speedup_limit_roofline` by what it and the uncached case cost.
 
-        The row: `flops, bytes, onload_bytes`, the same of the uncached case as `base_*`, and its latency, or that of
-        all its steps under `total_latency_ms`.
+        The row: `flops, bytes, onload_bytes`, the same of the uncached case as `base_*`, and its latency. A row of
+        several steps, one after another, has these costs under `batch_costs`, for each, and the latency of all under
+        `total_latency_ms`: only within a step can computing and moving overlap, so the steps' least times add up.
         """
-        least_ms = self.least_ms(row["flops"], row["bytes"], row["onload_bytes"])
+        steps = row.get("batch_costs", [row])
+        least_ms = sum(self.least_ms(step["flops"], step["bytes"], step["onload_bytes"]) for step in steps)
+        base_ms = sum(self.least_ms(step["base_flops"], step["base_bytes"]) for step in steps)
         row["roofline_fraction"] = least_ms / row.get("total_latency_ms", row["latency_ms"])["p50"]
-        row["speedup_limit_roofline"] = self.least_ms(row["base_flops"], row["base_bytes"]) / least_ms
+        row["speedup_limit_roofline"] = base_ms / least_ms
 
     def to_dict(self) -> dict[str, Any]:
         """Named as in the JSON record."""

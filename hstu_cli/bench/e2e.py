@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,16 +25,20 @@ from hstu_cli.kernels.dispatch import exact_impl
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
 from hstu_cli.model.buckets import Bucket
 from hstu_cli.model.cost import SequenceShape, activation_bytes, block_bytes, block_flops, block_parameters
+from hstu_cli.model.embedding import Lookup
 from hstu_cli.model.engine import InferenceEngine
 from hstu_cli.model.graphs import GraphRunner, why_not_captured
 from hstu_cli.model.lookups import make_lookup
 from hstu_cli.model.ranking import RankingModel, random_model
 from hstu_cli.model.tokens import UserRequest
-from hstu_cli.timing import Case, latency_summary, paired_ratio
+from hstu_cli.timing import Case, latency_summary
 
 BASELINE, KVCACHE, GRAPH = VARIANTS = ("baseline", "kvcache", "kvcache+graph")
 
 NUM_ITEMS = 10_000
+
+AROUND_LAYERS = 2
+"""Embedding and head round about as much as so many layers of the block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +90,17 @@ class GrowingUsers:
         sizes = {sum(shape.num_new for shape in batch) for batch in self.shapes(config, cached=True)}
         return [Bucket(size, self.num_users) for size in sizes]
 
+    def costs(self, config: ModelConfig, itemsize: int, *, cached: bool) -> list[tuple[int, int]]:
+        """FLOPs and bytes of the block for each batch."""
+        return [
+            (block_flops(config, shapes), block_bytes(config, shapes, itemsize, stored=cached))
+            for shapes in self.shapes(config, cached=cached)
+        ]
+
     def cost(self, config: ModelConfig, itemsize: int, *, cached: bool) -> tuple[int, int]:
         """FLOPs and bytes of the block over all batches."""
-        batches = self.shapes(config, cached=cached)
-        flops = sum(block_flops(config, shapes) for shapes in batches)
-        return flops, sum(block_bytes(config, shapes, itemsize, stored=cached) for shapes in batches)
+        flops, num_bytes = zip(*self.costs(config, itemsize, cached=cached), strict=True)
+        return sum(flops), sum(num_bytes)
 
     def pages(self, config: ModelConfig, page_size: int) -> int:
         """Pages that hold all users' histories."""
@@ -126,13 +136,6 @@ class _Variant:
 
     def step(self, index: int, requests: Sequence[UserRequest]) -> None:
         self.logits[index] = self.engine.step(requests).logits
-
-    def capture(self) -> None:
-        """Capture the graphs of a variant that has some; OutOfMemoryError where memory does not suffice for all."""
-        if self.engine.graphs is not None:
-            self.engine.graphs.capture()
-            if self.engine.graphs.left_out:
-                raise OutOfMemoryError
 
     def forget(self) -> None:
         """Begin anew: nobody is cached."""
@@ -176,22 +179,17 @@ def run_e2e_benchmark(
         )
         reasons = {name: lacking or _why_not(session, name, impl) for name in variants}
         runnable = [name for name in variants if reasons[name] is None]
-        runs: list[_Variant] = []
-        for embedding, lookup in lookups.items() if runnable else ():
-            for name in dict.fromkeys((BASELINE, *runnable)):  # the others are compared with the baseline
-                pool = KVCacheConfig(workload.pages(config, page_size), page_size, append_impl=append_impl)
-                cache = KVCacheManager(pool, config, session.dtype, session.backend) if name != BASELINE else None
-                graphs = GraphRunner(model.layers, cache, impl, workload.buckets(config)) if name == GRAPH else None
-                label = name if len(lookups) == 1 else f"{embedding}, {name}"
-                runs.append(_Variant((embedding, name), label, InferenceEngine(model, impl, cache, lookup, graphs)))
-        measured = {}
-        try:
-            with out_of_memory_named():
-                for run in runs:
-                    run.capture()
-                measured = _measured(session, workload, runs, config, exact, seed) if runs else {}
-        except OutOfMemoryError:
-            reasons |= dict.fromkeys(runnable, "ran out of memory")
+        keys = itertools.product(lookups if runnable else (), dict.fromkeys((BASELINE, *runnable)))
+        make = partial(
+            _prepared,
+            session,
+            workload,
+            model,
+            lookups,
+            KVCacheConfig(workload.pages(config, page_size), page_size, append_impl=append_impl),
+            impl,
+        )
+        results = _results(session, workload, make, list(keys), config, exact, seed)
         for embedding, name in itertools.product(lookups, variants):
             row = {
                 "batch_size": workload.num_users,
@@ -208,7 +206,7 @@ def run_e2e_benchmark(
                 workload.num_batches,
                 workload.num_candidates,
             )
-            result = measured.get((embedding, name)) or {"skipped": reasons[name]}
+            result = results.get((embedding, name)) or {"skipped": reasons[name]}
             yield row | result | {"published_ms": published}
     on_group(len(workloads), len(workloads))
 
@@ -240,6 +238,52 @@ def dry_rows(
             }
 
 
+def _prepared(
+    session: BenchSession,
+    workload: GrowingUsers,
+    model: RankingModel,
+    lookups: Mapping[str, Lookup],
+    pool: KVCacheConfig,
+    impl: str,
+    key: Key,
+) -> _Variant | None:
+    """A variant that is ready to be timed; None where memory does not suffice for its cache or its graphs."""
+    embedding, name = key
+    try:
+        with out_of_memory_named():
+            cache = graphs = None
+            if name != BASELINE:
+                cache = KVCacheManager(pool, model.config, session.dtype, session.backend)
+            if name == GRAPH:
+                graphs = GraphRunner(model.layers, cache, impl, workload.buckets(model.config))
+                graphs.capture()
+    except OutOfMemoryError:
+        return None
+    if graphs is not None and graphs.left_out:
+        return None
+    label = name if len(lookups) == 1 else f"{embedding}, {name}"
+    return _Variant(key, label, InferenceEngine(model, impl, cache, lookups[embedding], graphs))
+
+
+def _results(
+    session: BenchSession,
+    workload: GrowingUsers,
+    make: Callable[[Key], _Variant | None],
+    keys: Sequence[Key],
+    config: ModelConfig,
+    exact: InferenceEngine,
+    seed: int,
+) -> dict[Key, dict[str, Any]]:
+    """What became of each variant. Their caches and graphs are gone before the next workload asks for memory."""
+    results: dict[Key, dict[str, Any]] = {key: {"skipped": "ran out of memory"} for key in keys}
+    runs = [run for key in keys if (run := make(key)) is not None]
+    try:
+        with out_of_memory_named():
+            return results | (_measured(session, workload, runs, config, exact, seed) if runs else {})
+    except OutOfMemoryError:
+        return results
+
+
 def _measured(
     session: BenchSession,
     workload: GrowingUsers,
@@ -258,10 +302,12 @@ def _measured(
     samples = session.measure(group, cases)
     bases = {run.key[0]: run for run in runs if run.key[1] == BASELINE}
     budgets = {
-        embedding: session.check_rounding(f"{group}, {base.name}", _rounding(base, batches, exact))
+        embedding: session.check_rounding(
+            f"{group}, {base.name}", _rounding(base, batches, exact), config.num_layers + AROUND_LAYERS
+        )
         for embedding, base in bases.items()
     }
-    base_flops, base_bytes = workload.cost(config, session.dtype.itemsize, cached=False)
+    base_costs = workload.costs(config, session.dtype.itemsize, cached=False)
     measured = {}
     for run in runs:
         embedding, variant = run.key
@@ -269,23 +315,25 @@ def _measured(
         pairs = [(run.logits[i], base.logits[i]) for i in range(len(batches))]
         errors = [relative_error(torch.from_numpy(own), torch.from_numpy(expected)) for own, expected in pairs]
         session.check(f"{group}, {run.name}", max(errors), budgets[embedding])
-        flops, num_bytes = workload.cost(config, session.dtype.itemsize, cached=variant != BASELINE)
+        costs = workload.costs(config, session.dtype.itemsize, cached=variant != BASELINE)
+        batch_costs = [
+            {"flops": own[0], "bytes": own[1], "onload_bytes": 0, "base_flops": theirs[0], "base_bytes": theirs[1]}
+            for own, theirs in zip(costs, base_costs, strict=True)
+        ]
+        sums = {name: sum(batch[name] for batch in batch_costs) for name in batch_costs[0]}
         total = latency_summary(samples[run.name].sum(axis=-1))
-        speedup = paired_ratio(samples[base.name], samples[run.name])
+        speedup = session.speedup(group, base.name, run.name)
         measured[run.key] = {
             "total_ms": total["p50"],
-            "tflops": flops / total["p50"] * 1e-9,
+            "tflops": sums["flops"] / total["p50"] * 1e-9,
             "latency_ms": latency_summary(samples[run.name]),
             "total_latency_ms": total,
             "speedup_vs_baseline": speedup.median,
             "speedup_range": [speedup.low, speedup.high],
-            "speedup_limit": base_flops / flops,
+            "speedup_limit": sums["base_flops"] / sums["flops"],
             "max_abs_logit_difference": max(float(np.abs(own - expected).max()) for own, expected in pairs),
-            "flops": flops,
-            "bytes": num_bytes,
-            "onload_bytes": 0,
-            "base_flops": base_flops,
-            "base_bytes": base_bytes,
+            **sums,
+            "batch_costs": batch_costs,
         }
         session.ceilings.apply(measured[run.key])
         if run.engine.graphs is not None:

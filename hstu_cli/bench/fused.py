@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hstu_cli.bench.published import published_fused_tflops
+from hstu_cli.bench.published import FusedCase, published_fused_tflops
 from hstu_cli.bench.session import BenchSession, OutOfMemoryError, Progress, out_of_memory_named
 from hstu_cli.bench.training_layer import EAGER, VARIANTS, TrainingWorkload
 from hstu_cli.config import ModelConfig
 from hstu_cli.hardware import HARDWARE_PRESETS
 from hstu_cli.model.cost import SequenceShape, block_parameters, kept_bytes, training_flops
-from hstu_cli.timing import Case, latency_summary, paired_ratio
+from hstu_cli.timing import Case, latency_summary
 
 HALF_DTYPES = ("float16", "bfloat16")
 """Dtypes that data sheets give the peak rate for."""
@@ -92,8 +92,8 @@ def peak_flops(session: BenchSession) -> tuple[float, str]:
     """What MFU is a share of: the data sheet's dense rate of a GPU that is known, else the measured product's."""
     if session.backend.type == "cuda" and str(session.dtype).removeprefix("torch.") in HALF_DTYPES:
         for preset in HARDWARE_PRESETS.values():
-            if preset.matches(session.backend.device_name):
-                return preset.peak_bf16_tflops * 1e12, f"data sheet of {preset.name.upper()}, dense"
+            if preset.has_peak(session.backend.device_name):
+                return preset.peak_bf16_tflops * 1e12, preset.peak_source
     return session.ceilings.matmul_flops_per_s, "large matrix product, measured before and after the cases"
 
 
@@ -133,12 +133,20 @@ def _measured_rows(
     runs = {name: workload.timed(name) for name in names}
     samples = session.measure(group, [Case(name, [run]) for name, run in runs.items()])
     flops = training_flops(config, [SequenceShape(length, 0, 0) for length in workload.lengths])
-    shape, peak = (config.hidden_dim, config.num_heads, config.head_dim), peak_flops(session)[0]
+    case = FusedCase(
+        session.dtype,
+        grid.batch_size if grid.full else None,
+        config.num_layers,
+        config.hidden_dim,
+        config.num_heads,
+        config.head_dim,
+    )
+    peak = peak_flops(session)[0]
     rows = []
     for name in names:
         forward, backward = runs[name].split_ms(session.iterations)
         latency = latency_summary(samples[name])
-        speedup = paired_ratio(samples["baseline"], samples[name]) if "baseline" in names else None
+        speedup = session.speedup(group, "baseline", name) if "baseline" in names else None
         tflops = flops / latency["p50"] * 1e-9
         rows.append(
             _row(grid, config, seqlen, name, impl)
@@ -155,7 +163,7 @@ def _measured_rows(
                 "speedup_range": speedup and [speedup.low, speedup.high],
                 "output_error": errors[name].output,
                 "gradient_error": errors[name].gradient,
-                "published_tflops": published_fused_tflops(name, seqlen, shape, full=grid.full),
+                "published_tflops": published_fused_tflops(name, seqlen, case),
             }
         )
     return rows

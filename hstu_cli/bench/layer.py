@@ -14,7 +14,7 @@ from hstu_cli.bench.session import BenchSession, OutOfMemoryError, Progress, out
 from hstu_cli.config import ModelConfig
 from hstu_cli.errors import UsageError
 from hstu_cli.model.cost import SequenceShape, activation_bytes, block_bytes, block_flops, block_parameters
-from hstu_cli.timing import Case, latency_summary, paired_ratio
+from hstu_cli.timing import Case, latency_summary
 
 EAGER = "eager"
 """The plain PyTorch composition as a peer: the reference implementation of every operator."""
@@ -193,10 +193,10 @@ def _measured_rows(
     samples = session.measure(group.name, [Case(_case_name(*key), [run]) for key, run in runs.items()])
     rows = []
     for name, num_cached in keys:
-        own, base = samples[_case_name(name, num_cached)], samples[_case_name(name, 0)]
         flops, num_bytes = group.cost(config, num_cached, itemsize)
         base_flops, base_bytes = group.cost(config, 0, itemsize)
-        speedup, latency = paired_ratio(base, own), latency_summary(own.sum(axis=-1))
+        speedup = session.speedup(group.name, _case_name(name, 0), _case_name(name, num_cached))
+        latency = latency_summary(samples[_case_name(name, num_cached)].sum(axis=-1))
         theirs = preset if name == impls[0] and not grid.from_host else None  # their keys and values are on the device
         published = published_layer(theirs, group.history, num_cached, group.candidates, group.batch_size)
         row = _row(group, num_cached, grid, name) | {
@@ -235,7 +235,7 @@ def _checked(
     rows_of = (group.batch_size, group.history + group.candidates, -1)
     uncached = workload.uncached(everything, ours).view(rows_of)  # [B, n + c, D]
     rounding = relative_error(uncached[0], workload.exact_first(ours))
-    budget = session.check_rounding(group.name, rounding)
+    budget = session.check_rounding(group.name, rounding, workload.config.num_layers)
     workload.cached(everything, 0, ours)
     if grid.from_host:
         workload.copy_to_host()

@@ -5,6 +5,8 @@ NVIDIA recsys-examples, HSTU with 8 layers, width 1024, bf16, 256 candidates.
 
 from dataclasses import dataclass
 
+import torch
+
 E2E_HISTORY_STEP, E2E_BATCHES = 256, 16
 CANDIDATES = 256
 
@@ -32,8 +34,21 @@ LAYER_MS: dict[str, dict[tuple[int, int], float]] = {
 NO_CANDIDATES_SPEEDUP: dict[str, dict[int, float]] = {"l20": {1: 3.0, 8: 20.0}, "b200": {1: 3.3, 8: 7.7}}
 """Speed-up of 3968 cached of 4096 tokens, no candidates, by hardware preset and batch size."""
 
-FUSED_BATCH_SIZE, FUSED_SHAPE = 32, (1024, 4, 256)
-"""Sequences of full length; embedding dim, heads and head dim of one layer, forward and backward."""
+
+@dataclass(frozen=True, slots=True)
+class FusedCase:
+    """A training layer to compare with; batch_size: sequences of full length, None where they are not full."""
+
+    dtype: torch.dtype
+    batch_size: int | None
+    num_layers: int
+    embedding_dim: int
+    num_heads: int
+    head_dim: int
+
+
+FUSED_CASE = FusedCase(torch.bfloat16, batch_size=32, num_layers=1, embedding_dim=1024, num_heads=4, head_dim=256)
+"""The published one, forward and backward."""
 
 FUSED_TFLOPS: dict[str, dict[int, float]] = {
     step: dict(zip((1024, 2048, 4096, 8192), rates, strict=True))
@@ -50,9 +65,9 @@ FUSED_STEPS = {"baseline": "baseline", "optimized": "+ fusion", "+silu_recompute
 """Our variant and the published one that does the same."""
 
 
-def published_fused_tflops(variant: str, seqlen: int, shape: tuple[int, int, int], *, full: bool) -> float | None:
-    """The H100's rate for the layer of this shape and variant; None where nothing was published."""
-    if shape != FUSED_SHAPE or not full or variant not in FUSED_STEPS:
+def published_fused_tflops(variant: str, seqlen: int, case: FusedCase) -> float | None:
+    """The H100's rate for this variant of this case; None where nothing was published."""
+    if case != FUSED_CASE or variant not in FUSED_STEPS:
         return None
     return FUSED_TFLOPS[FUSED_STEPS[variant]].get(seqlen)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hstu_cli.backend import Backend
 from hstu_cli.bench.block import random_block
 from hstu_cli.bench.memory import MemoryTimeline
-from hstu_cli.bench.session import MOST_ROUNDING, BenchSession, relative_error, wider
+from hstu_cli.bench.session import BenchSession, most_rounding, relative_error, wider
 from hstu_cli.config import ModelConfig
 from hstu_cli.kernels import BatchPlan, fused_hstu_layer, plan_batch
 from hstu_cli.kernels.fused_layer import LayerSettings, composition, seeded_dropout
@@ -173,8 +173,8 @@ class TrainingWorkload:
             return [relative_error(*pair) for pair in zip(outcome(name, block, x, self.impl), exact, strict=True)]
 
         rounding = errors_of("baseline")
-        budget = session.check_rounding(group, rounding[0])
-        most, eps = MOST_ROUNDING.get(self.x.dtype, 0.0), torch.finfo(self.x.dtype).eps
+        budget = session.check_rounding(group, rounding[0], self.config.num_layers)
+        most, eps = most_rounding(self.x.dtype, 2 * self.config.num_layers), torch.finfo(self.x.dtype).eps
         found = {}
         for name in names:
             errors = rounding if name == "baseline" else errors_of(name)

@@ -114,7 +114,8 @@ def bench_e2e(
     with bench.benchmark(
         opened, _tables, _panels, warmup=num_iters_warmup, iterations=iterations, plot=plot, profile=profile
     ) as run:
-        if opened.backend.type == "cpu" and not full and num_users is None:
+        if opened.backend.type == "cpu":
+            is_free = num_users is None and not full
             slower = 5 if opened.impl.name == "reference" else 1  # a dense composition
 
             def seconds() -> float:
@@ -123,13 +124,14 @@ def bench_e2e(
                 rounds = slower * len(choices) * (run.session.warmup + run.session.iterations)
                 return bench.estimated_seconds(run.session, sum(flops for flops, _ in costs), rounds)
 
-            while len(workloads) > 1 and seconds() > bench.CPU_SECONDS:
+            while is_free and len(workloads) > 1 and seconds() > bench.CPU_SECONDS:
                 workloads.pop()
-            while num_iters is None and run.session.iterations > 1 and seconds() > bench.CPU_SECONDS:
+            while is_free and num_iters is None and run.session.iterations > 1 and seconds() > bench.CPU_SECONDS:
                 run.session.iterations -= 1
             if len(workloads) < len(users) or run.session.iterations < iterations:
                 listed = ", ".join(str(workload.num_users) for workload in workloads)
                 bench.say_scaled(opened, f"{listed} of {NUM_USERS} users, timed rounds: {run.session.iterations}")
+            bench.note_estimate(opened, seconds(), bench.CPU_SECONDS)
         for row in run_e2e_benchmark(
             run.session,
             model_config,
@@ -187,6 +189,7 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
             name,
             justify="left" if name in ("", "Embedding", "Variant") else "right",
             no_wrap="range" in name or name in ("", "Embedding", "Variant"),
+            overflow="fold",
         )
     for row in record["rows"]:
         start = [f"{row['num_users']}", *([row["embedding"]] if several else []), row["variant"]]
@@ -219,7 +222,7 @@ def _panels(record: Mapping[str, Any]) -> "list[Panel]":
     for row in rows:
         name = f"{row['variant']}, {row['embedding']}" if several else row["variant"]
         found.setdefault(name, {})[row["num_users"]] = row
-    labels = [f"{count} users" for count in users]
+    labels = [f"{count} user{'s' if count > 1 else ''}" for count in users]
 
     def values(field: str, name: str) -> list[float | None]:
         return [found[name].get(count, {}).get(field) for count in users]

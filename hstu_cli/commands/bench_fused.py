@@ -138,7 +138,7 @@ def bench_fused(
         profile=profile,
         on_ceilings=partial(apply_peak, reporter.record),
     ) as run:
-        if opened.backend.type == "cpu" and not full:
+        if opened.backend.type == "cpu":
 
             def seconds(grid: FusedGrid) -> float:
                 # Rounds, three passes for memory, and the checks of one sequence, of which the exact one takes longer.
@@ -148,15 +148,14 @@ def bench_fused(
                 return bench.estimated_seconds(run.session, flops, rounds * slower + 12 / grid.batch_size)
 
             whole = grid
-            while batch_size is None and grid.batch_size > 1 and seconds(grid) > CPU_SECONDS:
+            while not full and batch_size is None and grid.batch_size > 1 and seconds(grid) > CPU_SECONDS:
                 grid = replace(grid, batch_size=grid.batch_size // 2)
-            while seqlens is None and len(grid.seqlens) > 1 and seconds(grid) > CPU_SECONDS:
+            while not full and seqlens is None and len(grid.seqlens) > 1 and seconds(grid) > CPU_SECONDS:
                 grid = replace(grid, seqlens=grid.seqlens[:-1])
             if grid != whole:
                 listed = ", ".join(map(str, grid.seqlens))
                 bench.say_scaled(opened, f"batch size {grid.batch_size}, sequences of {listed} tokens")
-            if seconds(grid) > CPU_SECONDS:
-                bench.say_long(opened, seconds(grid))
+            bench.note_estimate(opened, seconds(grid), CPU_SECONDS)
         for row in run_fused_benchmark(
             run.session,
             model_config,
@@ -236,7 +235,9 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
     columns += [f"{PUBLISHED}: TFLOP/s"] if published else []
     columns += ["Error", "of gradients"]
     for name in columns:
-        details.add_column(name, justify="left" if name == "Variant" else "right", no_wrap=name == "Variant")
+        details.add_column(
+            name, justify="left" if name == "Variant" else "right", no_wrap=name == "Variant", overflow="fold"
+        )
     for row in record["rows"]:
         start = [f"{row['seqlen']:,}", _name(row)]
         if "skipped" in row:

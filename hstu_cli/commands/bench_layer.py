@@ -110,7 +110,7 @@ def bench_layer(
     with bench.benchmark(
         opened, _tables, _panels, warmup=num_iters_warmup, iterations=num_iters, plot=plot, profile=profile
     ) as run:
-        if opened.backend.type == "cpu" and not full:
+        if opened.backend.type == "cpu":
             # A dense composition takes several times as long.
             slower = 5 if grid.compare_eager or opened.impl.name == "reference" else 1
 
@@ -120,7 +120,7 @@ def bench_layer(
                 return bench.estimated_seconds(run.session, flops, rounds * slower)
 
             given = {"histories": history, "candidates": candidates, "batch_sizes": batch_size}
-            free = {name for name, text in given.items() if text is None}
+            free = {name for name, text in given.items() if text is None and not full}
             whole, grid = grid, scaled_grid(grid, free, bench.CPU_SECONDS, seconds)
             if grid != whole:
                 bench.say_scaled(
@@ -128,6 +128,7 @@ def bench_layer(
                     f"histories {_listed(grid.histories)}, candidates {_listed(grid.candidates)}, "
                     f"batch sizes {_listed(grid.batch_sizes)}",
                 )
+            bench.note_estimate(opened, sum(map(seconds, grid.groups())), bench.CPU_SECONDS)
         for row in run_layer_benchmark(
             run.session,
             model_config,
@@ -170,7 +171,10 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
         table = Table(title=f"{candidates} candidates, batch size {batch}", title_justify="left")
         for name in names:
             table.add_column(
-                name, justify="left" if name in ("", "Impl") else "right", no_wrap="range" in name or not name
+                name,
+                justify="left" if name in ("", "Impl") else "right",
+                no_wrap="range" in name or not name,
+                overflow="fold",
             )
         for row in rows:
             start = [f"{row['history_length']:,}", f"{row['cached_length']:,}", row["impl"]]
