@@ -1,7 +1,8 @@
 """Runs jobs on the stand-in device, in a process of its own: a JSON list on stdin, one of results on stdout.
 
 A job is {"args": [...]}, a command line of hstu, or {"code": "..."}, Python whose variable `result` is wanted.
-"unpadded" turns padding to few shapes off. Packages that an NPU must not need are blocked.
+"unpadded" turns padding to few shapes off. Packages that an NPU must not need are blocked, and so is CUDA, in whatever
+torch this is.
 """
 
 import io
@@ -17,6 +18,10 @@ HERE = Path(__file__).parent
 BLOCKED = {"triton", "flashinfer", "dynamicemb", "fbgemm_gpu", "torchrec"}
 
 
+class CudaUsedError(Exception):
+    """Something asked for a CUDA device."""
+
+
 class Block:
     """Says that the blocked packages are not there."""
 
@@ -30,8 +35,10 @@ def main() -> None:
     sys.meta_path.insert(0, Block())
     sys.path.insert(0, str(HERE))
     jobs = json.load(sys.stdin)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
+    torch.cuda._lazy_init = refuse_cuda
     torch.set_num_threads(1)
     import torch_npu
 
@@ -41,8 +48,15 @@ def main() -> None:
     os._exit(0)  # the device's memory is freed by Python code, which must not run while the interpreter goes down
 
 
+def refuse_cuda() -> None:
+    """What torch calls before it does anything on a CUDA device, whether it is built with CUDA or not."""
+    raise CudaUsedError("a CUDA device on the way of an NPU")
+
+
 def run(job: dict[str, Any], recorder: Any) -> dict[str, Any]:
     """One job and what it asked of the device."""
+    import torch
+
     from hstu_cli.backend import NpuBackend
     from hstu_cli.bench import ceilings
 
@@ -55,6 +69,7 @@ def run(job: dict[str, Any], recorder: Any) -> dict[str, Any]:
         try:
             with redirect_stdout(io.StringIO()):
                 exec(job["code"], names)
+                torch.npu.finish()
             outcome = {"result": names["result"], "error": None}
         except Exception as error:  # noqa: BLE001 - the error is what the test asks for
             outcome = {"result": None, "error": type(error).__name__, "message": str(error)}
