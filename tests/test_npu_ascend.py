@@ -28,6 +28,60 @@ for case in ATTENTION_CASES:
     result[case.id] = float((found - exact).norm() / (exact.norm() + 1e-300))
 """
 
+PAGED = """
+import torch
+from hstu_cli.kernels import paged_attention, plan_batch, plan_pages
+def with_pages(history, known, candidates, heads=2, dim=16, size=4):
+    generator = torch.Generator().manual_seed(0)
+    pages = torch.full((20, 2, size, heads, dim), 1e3)  # what nobody may read
+    tables, new, free = [], [], 1
+    for n, m, c in zip(history, known, candidates, strict=True):
+        kv = torch.randn(2, n + c, heads, dim, generator=generator)
+        table = list(range(free, free := free + -(-n // size)))
+        for i in range(n):
+            pages[table[i // size], :, i % size] = kv[:, i]
+        tables.append(table)
+        new.append(kv[:, m:])
+    k, v = torch.cat(new, 1)
+    q = torch.randn(k.shape, generator=generator)
+    def run(device, dtype, impl):
+        there = [x.to(device, dtype) for x in (q, k, v)]
+        lengths = torch.tensor([0, *(x.shape[1] for x in new)])
+        plan = plan_batch(lengths.cumsum(0), torch.tensor(candidates), len(q), device)
+        page_plan = plan_pages(
+            torch.tensor([0, *map(len, tables)]).cumsum(0), torch.tensor(sum(tables, [])), torch.tensor(known),
+            num_sequences=len(tables), num_pages=20, page_size=size, device=device, history_stored=True,
+        )
+        call = {"alpha": 0.3, "scaling_seqlen": 12, "impl": impl}
+        return paged_attention(*there, plan, pages.to(device, dtype), page_plan, **call)
+    exact = run("cpu", torch.float64, "reference")
+    return float((run("npu", torch.float32, "ascend").cpu() - exact).norm() / exact.norm())
+"""
+
+WITHOUT_HISTORY = (
+    PAGED
+    + """
+result = [
+    with_pages([6, 0, 8, 5], [4, 0, 8, 0], [1, 2, 3, 0]),
+    with_pages([0, 9], [0, 4], [4, 1]),
+    with_pages([9, 0], [4, 0], [0, 0]),
+]
+"""
+)
+
+TOO_LARGE = (
+    PAGED
+    + """
+torch.npu.mem_get_info = lambda index=0: (500, 8 << 30)
+try:
+    with_pages([6, 8], [4, 8], [1, 3])
+except ValueError as error:
+    result = str(error)
+finally:
+    del torch.npu.mem_get_info
+"""
+)
+
 REFUSED = """
 import torch
 from hstu_cli.kernels import hstu_attention, hstu_paged_attention
@@ -83,11 +137,13 @@ def test_a_library_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch, 
     assert ascend.why_unavailable().startswith(f"{tmp_path / ascend.LIBRARY} does not load (")
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=[False, True], ids=["equal first", "delta first"])
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     jobs = {
-        "register": {"code": "import recsdk; recsdk.register()"},
+        "register": {"code": f"import recsdk; recsdk.register(delta_first={request.param})"},
         "attention": {"code": ATTENTION},
+        "without history": {"code": WITHOUT_HISTORY},
+        "too large": {"code": TOO_LARGE},
         "refused": {"code": REFUSED},
         "cached": {"args": [*INFER, "--verify-cache", "1"]},
         "uncached": {"args": [*INFER, "--no-kv-cache"]},
@@ -114,6 +170,17 @@ def test_cached_scores_are_right(outcomes: dict[str, Any]) -> None:
     assert cache["verified"]["num_requests"] == found["num_requests"]
     assert max(cache["verified"][f"worst_{what}_error"] for what in ("cached", "uncached")) <= FP32_BUDGET
     assert record(outcomes["uncached"])["metrics"] == found["metrics"]
+
+
+def test_users_without_history_read_no_page(outcomes: dict[str, Any]) -> None:
+    assert outcomes["without history"]["error"] is None, outcomes["without history"]
+    assert max(outcomes["without history"]["result"]) <= FP32_BUDGET
+
+
+def test_a_mask_that_does_not_fit_is_refused(outcomes: dict[str, Any]) -> None:
+    said = outcomes["too large"]["result"]
+    assert "needs a mask of 2 x 2 x 3 x 11 torch.float32" in said
+    assert "npu:0 has 0.0 GB left; take smaller batches, or impl='blocked'" in said
 
 
 def test_the_benchmark_of_the_layer_checks_it(outcomes: dict[str, Any]) -> None:

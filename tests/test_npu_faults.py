@@ -1,6 +1,8 @@
 """What is said where torch_npu is missing, broken or for another torch, or finds no device."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -8,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.cli import failure_of
+from support.cli import failure_of, invoke, record_of
 
 from hstu_cli.backend import NpuBackend
+from hstu_cli.backend.npu import TORCH_RELEASES
+from hstu_cli.errors import UnavailableError
 
+PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 RELEASE = torch.__version__.partition("+")[0]
 INFER = ["infer", "--config", "tiny", "--steps", "1", "--device", "npu"]
 
@@ -48,8 +53,22 @@ NO_CANN = "raise ImportError('libhccl.so: cannot open shared object file: No suc
         ("raise SystemExit('not to be loaded')", "2.1.0.post13", ["2.1.0 is not for torch", f"torch_npu=={RELEASE}.*"]),
         ("import a_package_that_nobody_has", RELEASE, ["pip install a_package_that_nobody_has"]),
         ("import a_package_that_nobody_has", f"{RELEASE}.post2", ["pip install a_package_that_nobody_has"]),
+        ("import torch; torch.no_such_name", RELEASE, ["does not load (AttributeError: module 'torch' has no", "anew"]),
+        ("{}['ASCEND_HOME_PATH']", RELEASE, ["does not load (KeyError: 'ASCEND_HOME_PATH')"]),
+        ("assert False, 'no license'", RELEASE, ["does not load (AssertionError: no license)"]),
+        ("raise OSError('libascendcl.so: no')", RELEASE, ["does not load (libascendcl.so: no)", "set_env.sh"]),
     ],
-    ids=["no CANN", "fails to load", "another torch", "lacks a package", "post-release"],
+    ids=[
+        "no CANN",
+        "fails to load",
+        "another torch",
+        "lacks a package",
+        "post-release",
+        "attribute",
+        "key",
+        "assertion",
+        "library",
+    ],
 )
 def test_a_torch_npu_that_does_not_load(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, version: str, messages: list[str]
@@ -59,6 +78,54 @@ def test_a_torch_npu_that_does_not_load(
     said = failure_of(3, *INFER)
     assert "--device npu: torch_npu" in said
     assert all(message in said for message in messages), said
+
+
+@pytest.mark.skipif("torch_npu" in sys.modules, reason="torch_npu is here")
+@pytest.mark.parametrize(
+    ("torch_version", "npu_version", "ways"),
+    [
+        (
+            "2.12.0+cpu",
+            "2.11.0.post3",
+            ["pip install 'torch==2.11.0' --index-url", "or pip install 'torch_npu==2.12.0.*'"],
+        ),
+        (
+            "2.12.1",
+            "2.12.0",
+            [
+                "pip install 'torch==2.12.0' --index-url https://download.pytorch.org/whl/cpu, or",
+                "pip install 'torch_npu==2.12.1.*', or where there is none: pip install 'torch==2.12.0'",
+                "&& pip install 'torch_npu==2.12.0.*'",
+            ],
+        ),
+        (
+            "2.12.1",
+            None,
+            ["is not installed", "'torch_npu==2.12.1.*', or where there is none: pip install 'torch==2.12.0'"],
+        ),
+    ],
+    ids=["minor releases", "patch release", "none for a patch release"],
+)
+def test_every_command_that_is_offered_can_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, torch_version: str, npu_version: str | None, ways: list[str]
+) -> None:
+    """Of torch_npu there are releases x.y.0; torch has patch releases besides, and some torch this package runs on."""
+    if npu_version is not None:
+        install(tmp_path / "site", "raise SystemExit('not to be loaded')", npu_version)
+        monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    said = NpuBackend.why_unavailable()
+    assert all(way in said for way in ways), said
+
+
+def test_no_torch_is_offered_that_this_package_does_not_run_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(tmp_path / "site", "raise SystemExit('not to be loaded')", "2.10.0")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert "torch==2.10" not in NpuBackend.why_unavailable()
+    requirement = re.search(r'"torch>=([\d.]+),<([\d.]+)"', PYPROJECT.read_text(encoding="utf-8"))
+    lowest, beyond = (tuple(int(n) for n in version.split(".")) for version in requirement.groups())
+    releases = [tuple(int(n) for n in release.split(".")) for release in TORCH_RELEASES]
+    assert releases == [(2, minor) for minor in range(lowest[1], beyond[1])]
 
 
 @pytest.mark.skipif(NpuBackend.why_unavailable() is None, reason="torch_npu is here")
@@ -72,19 +139,58 @@ def driver_fails() -> bool:
     raise RuntimeError("Initialize: aclInit failed, error code is 507008\nmore lines")
 
 
+def driver_lacks_a_key() -> bool:
+    return {}["npu"]
+
+
+def driver_lacks_a_library() -> bool:
+    raise OSError("libascend_hal.so: cannot open shared object file")
+
+
 @pytest.mark.parametrize(
     ("is_available", "message"),
     [
         (lambda: False, "torch_npu finds no NPU; npu-smi info lists the NPUs of this machine, and ASCEND_RT_VISIBLE"),
         (driver_fails, "cannot use its driver (Initialize: aclInit failed, error code is 507008); check that npu-smi"),
+        (driver_lacks_a_key, "cannot use its driver (KeyError: 'npu'); check that npu-smi"),
+        (driver_lacks_a_library, "cannot use its driver (libascend_hal.so: cannot open shared object file); check"),
+        (None, "cannot use its driver (TypeError: 'NoneType' object is not callable); check that npu-smi"),
     ],
-    ids=["no visible device", "driver"],
+    ids=["no visible device", "driver", "key", "library", "type"],
 )
 def test_no_device(monkeypatch: pytest.MonkeyPatch, is_available: object, message: str) -> None:
     monkeypatch.setitem(sys.modules, "torch_npu", types.ModuleType("torch_npu"))
     module = types.SimpleNamespace(is_available=is_available, device_count=lambda: 0)
     monkeypatch.setattr(torch, "npu", module, raising=False)
     assert message in failure_of(3, *INFER)
+    assert message.partition(";")[0] in record_of("env")["backends"]["npu"]["reason"]
+
+
+@pytest.mark.skipif("torch_npu" in sys.modules, reason="torch_npu is here")
+def test_auto_takes_another_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(tmp_path / "site", "{}['ASCEND_HOME_PATH']")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert record_of(*INFER[:-2], "--impl", "blocked")["device"]["actual"] != "npu:0"
+
+
+def test_a_run_that_fails_says_why_without_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hstu env` shows tables of a finished record alone."""
+
+    def fails() -> None:
+        raise UnavailableError("the driver is gone")
+
+    monkeypatch.setattr("hstu_cli.kernels.triton.state.triton_state", fails)
+    result = invoke("env")
+    assert result.exit_code == 3
+    found = json.loads(result.stdout)
+    assert found["status"] == "invalid"
+    assert "the driver is gone" in " ".join(found["reasons"])
+    assert "the driver is gone" in result.stderr
+
+
+@pytest.mark.parametrize("device", ["npu:", "cuda:", "auto:", "cpu:"])
+def test_a_colon_without_an_index_is_no_device(device: str) -> None:
+    assert f"There is no device {device!r}" in failure_of(2, *INFER[:-1], device).replace('"', "'")
 
 
 def test_an_index_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:

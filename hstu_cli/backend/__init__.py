@@ -13,7 +13,8 @@ from hstu_cli.backend.choice import (
     prefers_few_shapes,
     resolve_dtype,
 )
-from hstu_cli.backend.streams import CudaBackend, NpuBackend, StreamBackend
+from hstu_cli.backend.npu import NpuBackend
+from hstu_cli.backend.streams import CudaBackend, StreamBackend
 
 __all__ = [
     "BACKENDS",

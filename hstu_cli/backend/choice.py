@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from hstu_cli.backend.base import Backend
-from hstu_cli.backend.streams import CudaBackend, NpuBackend
+from hstu_cli.backend.npu import NpuBackend
+from hstu_cli.backend.streams import CudaBackend
 from hstu_cli.errors import UnavailableError, UsageError
 from hstu_cli.hardware import HARDWARE_PRESETS, HardwarePreset
 
@@ -43,13 +44,13 @@ def open_device(requested: str, *, require: bool = False) -> DeviceChoice:
     require: a hardware preset must be this very GPU. Raises UsageError for an unknown name,
     UnavailableError for a device that is not there.
     """
-    kind, _, index = requested.lower().partition(":")
-    if kind in HARDWARE_PRESETS and not index:
+    kind, colon, index = requested.lower().partition(":")
+    if kind in HARDWARE_PRESETS and not colon:
         return _open_preset(requested, HARDWARE_PRESETS[kind], require)
-    if kind == "auto" and not index:
+    if kind == "auto" and not colon:
         return DeviceChoice(requested, next(b for b in BACKENDS if b.why_unavailable() is None)())
     by_type = {backend.type: backend for backend in BACKENDS}
-    if kind not in by_type or (index and (kind == "cpu" or not index.isdecimal())):
+    if kind not in by_type or (colon and (kind == "cpu" or not index.isdecimal())):
         names = ("auto", "cpu", "cuda[:N]", "npu[:N]", *HARDWARE_PRESETS)
         raise UsageError(f"There is no device {requested!r}; choose from {', '.join(names)}.")
     backend = by_type[kind]

@@ -1,11 +1,8 @@
-"""Devices with streams, NVIDIA GPUs and Ascend NPUs: their torch modules have the same functions."""
+"""Devices with streams, whose torch modules have the same functions, and one kind of them: NVIDIA GPUs."""
 
 import contextlib
-import importlib
-import importlib.metadata
 import math
 import mmap
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -203,9 +200,6 @@ class StreamBackend(Backend):
         return torch.zeros(*shape, dtype=dtype, pin_memory=True)
 
 
-DISTRIBUTIONS = {"yaml": "pyyaml", "pkg_resources": "setuptools", "attr": "attrs", "google": "protobuf"}
-"""What to install for a module of another name, of those that torch_npu and CANN's Python parts import."""
-
 HOST_REGISTER_PORTABLE = 1
 """A flag of cudaHostRegister: the memory is pinned for every GPU."""
 
@@ -278,81 +272,3 @@ class CudaBackend(StreamBackend):
     def num_multiprocessors(self) -> int:
         """See `Backend`."""
         return torch.cuda.get_device_properties(self.device).multi_processor_count
-
-
-WITHOUT_BF16 = re.compile(r"Ascend(310P|910(Pro|Premium)?A)")
-"""Chips, as their driver names them, for which Ascend documents fp16 and no bf16."""
-
-
-class NpuBackend(StreamBackend):
-    """An Ascend NPU, through torch_npu."""
-
-    type = "npu"
-    graph_class = "NPUGraph"
-    how_to_list = "npu-smi info lists the NPUs of this machine, and ASCEND_RT_VISIBLE_DEVICES hides some of them"
-    few_shapes = True
-
-    @classmethod
-    def module(cls) -> Any:
-        """See `StreamBackend`."""
-        return torch.npu
-
-    @classmethod
-    def why_unavailable(cls) -> str | None:
-        """See `Backend`."""
-        if wrong := _wrong_torch_npu():
-            return wrong
-        try:
-            importlib.import_module("torch_npu")  # registers torch.npu
-        except ModuleNotFoundError as error:
-            if error.name != "torch_npu":
-                package = DISTRIBUTIONS.get(str(error.name).partition(".")[0], str(error.name).partition(".")[0])
-                return f"torch_npu does not load ({error}); install what it lacks: pip install {package}."
-            return (
-                "torch_npu is not installed; install Ascend's CANN toolkit, then: "
-                f"pip install 'torch_npu=={_release(torch.__version__)}.*' (docs/npu.md)."
-            )
-        except (ImportError, OSError, RuntimeError) as error:
-            return (
-                f"torch_npu does not load ({_first_line(error)}); CANN is not installed or not on the library path: "
-                "source /usr/local/Ascend/ascend-toolkit/set_env.sh, or that of your CANN, and try again."
-            )
-        try:
-            found = torch.npu.is_available() and torch.npu.device_count() > 0
-        except RuntimeError as error:
-            reason = _first_line(error)
-            return f"torch_npu cannot use its driver ({reason}); check that npu-smi info works for this user."
-        return None if found else f"torch_npu finds no NPU; {cls.how_to_list}."
-
-    @property
-    def default_dtype(self) -> str:
-        """See `Backend`: bf16, or fp16 on a chip without it."""
-        return "fp16" if WITHOUT_BF16.match(self.device_name) else "bf16"
-
-    def tune_process(self) -> None:
-        """See `StreamBackend`: and operators come compiled, as they do by default on the newer chips alone."""
-        super().tune_process()
-        set_compile_mode = getattr(self.module(), "set_compile_mode", None)
-        if set_compile_mode is not None:
-            set_compile_mode(jit_compile=False)
-
-
-def _wrong_torch_npu() -> str | None:
-    """What is wrong where torch_npu is installed for another torch; loading it would end in an unknown symbol."""
-    try:
-        installed = _release(importlib.metadata.version("torch_npu"))
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    wanted = _release(torch.__version__)
-    if installed == wanted:
-        return None
-    return f"torch_npu {installed} is not for torch {wanted}; bring them together: pip install 'torch_npu=={wanted}.*'."
-
-
-def _release(version: str) -> str:
-    """The release of a version, such as 2.13.0 of 2.13.0.post1 or 2.13.0+cpu."""
-    return ".".join(re.findall(r"\d+", version)[:3])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

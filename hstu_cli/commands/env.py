@@ -84,6 +84,8 @@ def _describe(kind: Any) -> dict[str, Any]:
 def _tables(record: Mapping[str, Any]) -> "list[Table]":
     from hstu_cli.report import key_value_table
 
+    if record["status"] == "invalid":  # what is found last is missing, and the reason is told
+        return []
     backends = {
         name: ", ".join(backend["devices"]) if backend["available"] else f"absent: {backend['reason']}"
         for name, backend in record["backends"].items()

@@ -5,14 +5,16 @@ documents them. They compute `SiLU(q k') * silu_scale * mask` times v; alpha goe
 """
 
 import functools
+import math
 import sysconfig
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
+from torch._ops import OpOverload
 
-from hstu_cli.backend import upload
+from hstu_cli.backend import backend_of, upload
 from hstu_cli.kernels.attention.plan import BatchPlan
 from hstu_cli.kernels.paged_attention.plan import PagePlan
 
@@ -21,10 +23,12 @@ from hstu_cli.kernels.paged_attention.plan import PagePlan
 LIBRARY = "libfbgemm_npu_api.so"
 """What RecSDK installs into site-packages; loading it registers the operators."""
 
+COMMON = {"q", "k", "v", "mask", "attn_bias", "mask_type", "max_seq_len", "silu_scale", "seq_offset", "num_target"}
+COMMON |= {"target_group_size"}
 ARGUMENTS = {
-    "hstu_jagged": {"mask_type", "max_seq_len", "silu_scale", "seq_offset", "num_context", "num_target"},
-    "hstu_paged": {"kv_cache", "mask", "mask_type", "max_seq_len", "max_seq_len_k", "silu_scale", "seq_offset"}
-    | {"seq_offset_k", "seq_offset_t", "page_offsets", "page_ids", "last_page_len", "num_target"},
+    "hstu_jagged": COMMON | {"num_context"},
+    "hstu_paged": COMMON
+    | {"kv_cache", "max_seq_len_k", "seq_offset_k", "seq_offset_t", "page_offsets", "page_ids", "last_page_len"},
 }
 """What is passed by name; releases that name it otherwise are refused."""
 
@@ -37,7 +41,7 @@ MOST_TOKENS, MOST_CANDIDATES, MOST_HEADS, MOST_HEAD_DIM = 20_480, 512, 16, 512
 
 def why_unavailable() -> str | None:
     """Why the operators cannot be used in this process, as a clause that says how to get them; None where they can."""
-    if _registered() and all(_is_as_documented(name) for name in ARGUMENTS):
+    if _registered() and all(_operator(name) for name in ARGUMENTS):
         return None
     where = Path(sysconfig.get_path("purelib"), LIBRARY)
     how = f"build RecSDK's cust_op for this CANN and torch_npu, which installs {where}"
@@ -48,7 +52,7 @@ def why_unavailable() -> str | None:
             return f"{where} does not load ({error}); {how}"
     if not _registered():
         return f"torch.ops.mxrec has no {' and '.join(ARGUMENTS)}; {how}"
-    other = [name for name in ARGUMENTS if not _is_as_documented(name)]
+    other = [name for name in ARGUMENTS if _operator(name) is None]
     return f"this torch.ops.mxrec.{other[0]} has other arguments than are documented; {how}" if other else None
 
 
@@ -57,11 +61,21 @@ def _registered() -> bool:
 
 
 @functools.cache
-def _is_as_documented(name: str) -> bool:
-    """Whether an operator takes what is passed to it."""
-    operator = getattr(torch.ops.mxrec, name)
-    known = [{a.name for a in getattr(operator, overload)._schema.arguments} for overload in operator.overloads()]
-    return any(ARGUMENTS[name] <= names for names in known)
+def _operator(name: str) -> OpOverload | None:
+    """The overload that takes what is passed to it and needs nothing else; None where there is none.
+
+    `hstu_jagged` has two in RecSDK, `equal` and `delta`. The second is for keys of other lengths than the queries and
+    may take all arguments of the first, so a call by the operator's name alone would mean the one registered first.
+    """
+    packet = getattr(torch.ops.mxrec, name)
+    for operator in (getattr(packet, overload) for overload in packet.overloads()):
+        arguments = operator._schema.arguments
+        names = {argument.name for argument in arguments}
+        needed = {argument.name for argument in arguments if not argument.has_default_value()}
+        passed = ARGUMENTS[name]
+        if needed <= passed <= names and ("seq_offset_k" in names) == ("seq_offset_k" in passed):
+            return operator
+    return None
 
 
 def attention(
@@ -76,7 +90,7 @@ def attention(
     )
     num_rows = plan.on_host()[0][-1]
     return _with_padding(
-        torch.ops.mxrec.hstu_jagged(
+        _operator("hstu_jagged")(
             q=q[:num_rows] * alpha,
             k=k[:num_rows].contiguous(),
             v=v[:num_rows].contiguous(),
@@ -117,7 +131,7 @@ def paged_attention(
     _check(q, plan, tables.max_keys)
     num_rows = plan.on_host()[0][-1]
     return _with_padding(
-        torch.ops.mxrec.hstu_paged(
+        _operator("hstu_paged")(
             q=q[:num_rows] * alpha,
             k=k[:num_rows].contiguous(),
             v=v[:num_rows].contiguous(),
@@ -161,7 +175,11 @@ class _PagedTables:
 
 
 def _paged_tables(plan: BatchPlan, page_plan: PagePlan, q: torch.Tensor) -> _PagedTables | None:
-    """The tables of a batch, or None where nobody has history."""
+    """The tables of a batch, or None where nobody has history; ValueError where the mask does not fit into memory.
+
+    The operator takes a sequence's history for (pages - 1) * page_size + last_page_len tokens. Who has none gets one
+    page, of which it reads no token.
+    """
     offsets, candidates = plan.on_host()
     _, cached = page_plan.on_host()
     new = [end - start for start, end in pairwise(offsets)]
@@ -169,10 +187,12 @@ def _paged_tables(plan: BatchPlan, page_plan: PagePlan, q: torch.Tensor) -> _Pag
     if not any(history):
         return None
     page_size = page_plan.page_size
-    pages = [-(-n // page_size) for n in history]
-    ids = [page for table, count in zip(page_plan.all_tables, pages, strict=True) for page in table[:count]]
-    last = [n - (count - 1) * page_size if count else 0 for n, count in zip(history, pages, strict=True)]
+    pages = [max(1, -(-n // page_size)) for n in history]
+    tables = [table[:count] if n else [0] for table, count, n in zip(page_plan.all_tables, pages, history, strict=True)]
+    ids = [page for table in tables for page in table]
+    last = [n - (count - 1) * page_size for n, count in zip(history, pages, strict=True)]
     keys = [n + c for n, c in zip(history, candidates, strict=True)]
+    _check_mask((len(new), q.shape[1], max(new), max(keys)), q)
     rows = [[*accumulate(x, initial=0)] for x in (new, keys, candidates, pages)]
     *uploaded, on_candidates, on_last, on_cached, on_history = _upload_lists(
         plan, [*rows, ids, candidates, last, cached, history]
@@ -209,4 +229,18 @@ def _check(q: torch.Tensor, plan: BatchPlan, max_keys: int) -> None:
         raise ValueError(
             f"impl='ascend' takes sequences of less than {MOST_TOKENS:,} tokens and up to {MOST_CANDIDATES} "
             f"candidates, not {max_keys:,} and {most_candidates}"
+        )
+
+
+def _check_mask(shape: tuple[int, ...], q: torch.Tensor) -> None:
+    """ValueError where a mask of this shape and q's dtype is more than the device has left."""
+    num_bytes, backend = math.prod(shape) * q.dtype.itemsize, backend_of(q.device)
+    if num_bytes <= backend.available_memory_bytes:
+        return
+    backend.release_memory()  # what torch keeps for later counts as taken
+    if num_bytes > (available := backend.available_memory_bytes):
+        sizes = " x ".join(f"{n:,}" for n in shape)
+        raise ValueError(
+            f"impl='ascend' needs a mask of {sizes} {q.dtype}, {num_bytes / 1e9:,.1f} GB, "
+            f"and {q.device} has {available / 1e9:,.1f} GB left; take smaller batches, or impl='blocked'"
         )

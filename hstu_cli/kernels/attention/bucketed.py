@@ -38,7 +38,7 @@ class Group:
     rows: int64 [G * R], the rows of q, k and v, 0 for padding; out_rows: the same, T for padding.
     page_ids: int64 [G * P], 0 for padding, or None where P is 0.
     num_cached, num_new, num_history: int64 [G], each sequence's lengths; history is that among the new tokens.
-    masks: of strips that layers share, by their first row.
+    masks: what layers share: that of padding, and those of strips by their first row, R (m + R / 2) bytes a sequence.
     """
 
     num_new_padded: int
@@ -50,33 +50,35 @@ class Group:
     num_cached: torch.Tensor
     num_new: torch.Tensor
     num_history: torch.Tensor
-    masks: dict[int, torch.Tensor] = field(default_factory=dict)
+    masks: dict[int | str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_cached_padded(self) -> int:
-        """M."""
+        """What the legend calls m."""
         return self.num_pages * self.page_size
 
     def not_keys(self) -> torch.Tensor:
-        """Which keys are padding, bool [G, N, 1]."""
-        place = torch.arange(self.num_cached_padded + self.num_new_padded, device=self.rows.device)
-        new = place - self.num_cached_padded
-        is_cached = place < self.num_cached[:, None]
-        is_new = (new >= 0) & (new < self.num_new[:, None])
-        return ~(is_cached | is_new)[:, :, None]
+        """Which keys are padding, bool [G, N, 1]; made in the first layer."""
+        if "padding" not in self.masks:
+            place = torch.arange(self.num_cached_padded + self.num_new_padded, device=self.rows.device)
+            new = place - self.num_cached_padded
+            is_cached = place < self.num_cached[:, None]
+            is_new = (new >= 0) & (new < self.num_new[:, None])
+            self.masks["padding"] = ~(is_cached | is_new)[:, :, None]
+        return self.masks["padding"]
 
     def forbidden(self, start: int, end: int) -> torch.Tensor:
-        """Which keys up to new token `end` the new tokens start to end must not see, bool [G, end - start, m + end]."""
-        if start in self.masks:
-            return self.masks[start]
-        m, device = self.num_cached_padded, self.rows.device
-        i = torch.arange(start, end, device=device)[:, None]
-        j = torch.arange(m + end, device=device) - m  # negative for a cached key, which all see
-        # History sees what comes before it, a candidate what is history; everyone sees itself.
-        mask = (j >= torch.minimum(i, self.num_history[:, None, None])) & (j != i)
-        if self.num_new_padded <= BLOCK_ROWS:
-            self.masks[start] = mask
-        return mask
+        """Which keys up to new token `end` the new tokens start to end must not see, bool [G, end - start, m + end].
+
+        Made in the first layer, as the padding's is.
+        """
+        if start not in self.masks:
+            m, device = self.num_cached_padded, self.rows.device
+            i = torch.arange(start, end, device=device)[:, None]
+            j = torch.arange(m + end, device=device) - m  # negative for a cached key, which all see
+            # History sees what comes before it, a candidate what is history; everyone sees itself.
+            self.masks[start] = (j >= torch.minimum(i, self.num_history[:, None, None])) & (j != i)
+        return self.masks[start]
 
 
 def attention(

@@ -4,9 +4,14 @@ import torch
 import torch.nn.functional as F
 
 MASK = "Tensor? mask=None, Tensor? attn_bias=None, int mask_type=0, int max_seq_len=0"
-JAGGED = (
-    f"hstu_jagged(Tensor q, Tensor k, Tensor v, {MASK}, float silu_scale=0.0, Tensor seq_offset=None, "
-    "Tensor? num_context=None, Tensor? num_target=None, int? target_group_size=0, float? alpha=1.0) -> Tensor"
+OF_USERS = "Tensor? num_context=None, Tensor? num_target=None, int? target_group_size=0, float? alpha=1.0"
+EQUAL = (
+    f"hstu_jagged.equal(Tensor q, Tensor k, Tensor v, {MASK}, float silu_scale=0.0, "
+    f"Tensor seq_offset=None, {OF_USERS}) -> Tensor"
+)
+DELTA = (
+    f"hstu_jagged.delta(Tensor q, Tensor k, Tensor v, {MASK}, int max_seq_len_k=0, float silu_scale=0.0, "
+    f"Tensor seq_offset=None, Tensor seq_offset_k=None, {OF_USERS}) -> Tensor"
 )
 PAGED = (
     f"hstu_paged(Tensor q, Tensor k, Tensor v, Tensor kv_cache=None, {MASK}, int max_seq_len_k=0, "
@@ -18,11 +23,17 @@ PAGED = (
 _LIBRARY = torch.library.Library("mxrec", "FRAGMENT")
 
 
-def register() -> None:
-    """Make `torch.ops.mxrec` what RecSDK's library makes it."""
-    for schema, function in ((JAGGED, hstu_jagged), (PAGED, hstu_paged)):
+def register(*, delta_first: bool = False) -> None:
+    """Make `torch.ops.mxrec` what RecSDK's library makes it; its two `hstu_jagged` in either order."""
+    jagged = [(EQUAL, hstu_jagged), (DELTA, hstu_jagged_delta)]
+    for schema, function in (*(reversed(jagged) if delta_first else jagged), (PAGED, hstu_paged)):
         _LIBRARY.define(schema)
         _LIBRARY.impl(schema.partition("(")[0], function, "PrivateUse1")
+
+
+def hstu_jagged_delta(q, k, v, **_) -> None:
+    """For keys of other lengths than the queries: nobody here has such."""
+    raise AssertionError("hstu_jagged.delta was called")
 
 
 def hstu_jagged(
@@ -67,10 +78,9 @@ def hstu_paged(
     for b, count in enumerate(targets):
         assert target_starts[b + 1] - target_starts[b] == count
         pages = kv_cache.index_select(0, page_ids[page_starts[b] : page_starts[b + 1]])
-        num_pages = page_starts[b + 1] - page_starts[b]
-        history = pages.transpose(0, 1).flatten(1, 2)[:, : (num_pages - 1) * page_size + last[b]]
-        if not num_pages:
-            history = kv_cache[:0].transpose(0, 1).flatten(1, 2)
+        num_history = (page_starts[b + 1] - page_starts[b] - 1) * page_size + last[b]
+        assert 0 <= num_history <= len(pages) * page_size, "history comes from whole pages and a part of the last"
+        history = pages.transpose(0, 1).flatten(1, 2)[:, :num_history]
         end = starts[b + 1]
         keys = torch.cat([history[0], k[end - count : end]])
         values = torch.cat([history[1], v[end - count : end]])

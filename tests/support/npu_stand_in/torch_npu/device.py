@@ -1,7 +1,8 @@
 """`torch.npu` of the stand-in: one device whose side streams do their copies as late as the events allow.
 
 Work on the default stream runs at once, that on a side stream only when somebody waits for it. So who forgets to wait
-reads old bytes, and who overwrites too early has the new ones copied: wrong scores instead of a rare race.
+reads old bytes, and who overwrites too early has the new ones copied: wrong scores instead of a rare race. Pinned
+memory that goes to the device on the default stream is looked at again when the host has waited.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ class Stream:
         self.default = default
         self.seen = 0  # operators of the default stream that this one comes behind
         self._queue: list[Callable[[], None]] = []
+        self._checks: list[tuple[int, Callable[[], None]]] = []  # each behind so many pieces of work
         self.performed = 0
 
     @property
@@ -34,6 +36,18 @@ class Stream:
     def submit(self, work: Callable[[], object]) -> None:
         """Do this when somebody waits for it."""
         self._queue.append(work)
+
+    def check_when_passed(self, check: Callable[[], None]) -> None:
+        """Do this when the host knows that all that is here by now is done."""
+        self.submit(lambda: None)
+        self._checks.append((self.submitted, check))
+
+    def passed(self, number: int | None = None) -> None:
+        """The host has waited for the work up to number `number`, or for all."""
+        number = self.submitted if number is None else number
+        self.perform_up_to(number)
+        while self._checks and self._checks[0][0] <= number:
+            self._checks.pop(0)[1]()
 
     def perform_up_to(self, number: int) -> None:
         """Do the work up to number `number`."""
@@ -64,7 +78,7 @@ class Stream:
     def synchronize(self) -> None:
         """Block the host until all is done."""
         RECORDER.sync("stream.synchronize")
-        self.finish()
+        self.passed()
 
 
 class Event:
@@ -94,6 +108,7 @@ class Event:
         """Block the host until this has passed."""
         RECORDER.sync("event.synchronize")
         self.wait()
+        self._stream.passed(self._number)
 
     def query(self) -> bool:
         """Whether it has passed."""
@@ -175,8 +190,12 @@ class NpuModule:
 
     def synchronize(self, index: Any = None) -> None:
         RECORDER.sync("synchronize")
+        self.finish()
+
+    def finish(self) -> None:
+        """What `synchronize` waits for, without counting a wait."""
         for stream in (STATE.default, *STATE.streams):
-            stream.finish()
+            stream.passed()
 
     def current_stream(self, device: Any = None) -> Stream:
         return STATE.current

@@ -28,6 +28,9 @@ VIEWS = ("as_strided", "view", "_reshape_alias", "unfold")
 HOST_READS = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "is_nonzero"}
 """Operators whose result has a size, or is a value, that the host has to wait for; an index by a mask is one too."""
 
+INDEXED = {"index", "index_put", "_index_put_impl"}
+MASKS = (torch.bool, torch.uint8)
+
 _pinned: set[int] = set()  # addresses of storages in pinned host memory
 _last_write: dict[int, int] = {}  # by storage of the device: the last operator of the default stream that wrote to it
 _done = itertools.count(1)
@@ -48,7 +51,7 @@ class NotOnDeviceError(RuntimeError):
 
 
 class PinnedMemoryError(RuntimeError):
-    """An asynchronous copy from or to host memory that is not pinned."""
+    """An asynchronous copy from or to host memory that is not pinned, or from what is overwritten before it is over."""
 
 
 class StreamOrderError(RuntimeError):
@@ -111,10 +114,11 @@ def _run(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     _check_operands(op, tensors)
     base = op._schema.name.removeprefix("aten::").rstrip("_")
-    if base in HOST_READS or (base in ("index", "_index_put_impl") and any(t.dtype == torch.bool for t in tensors)):
+    indices = args[1] if base in INDEXED else ()
+    by_mask = any(isinstance(index, torch.Tensor) and index.dtype in MASKS for index in indices)
+    if base in HOST_READS or by_mask or (base == "repeat_interleave" and kwargs.get("output_size") is None):
         RECORDER.sync(op._schema.name)
-    if base == "repeat_interleave" and kwargs.get("output_size") is None:
-        RECORDER.sync(op._schema.name)
+        device.STATE.current.passed()
     if base in MATMULS and any(not t.dtype.is_floating_point for t in tensors):
         raise RuntimeError(f"{op} multiplies {[str(t.dtype) for t in tensors]}: the device multiplies floats alone")
     _record(str(op).removeprefix("aten."), tensors)
@@ -311,7 +315,7 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     stream = device.STATE.current
     if hosts and not non_blocking:
         RECORDER.sync("copy to the host" if target is hosts[0] else "copy from the host")
-        stream.finish()
+        stream.passed()
     elif hosts and memory.storage_address(hosts[0]) not in _pinned:
         raise PinnedMemoryError("an asynchronous copy needs pinned host memory")
 
@@ -321,6 +325,9 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     if stream.default and non_blocking and target.device.type == "cpu":
         content = memory.as_cpu(source).clone()  # what it is now; the host sees it when it has waited
         stream.submit(lambda: target.copy_(content))
+    elif stream.default and non_blocking and source.device.type == "cpu":
+        perform()
+        _watch(source, stream)
     elif stream.default or (hosts and not non_blocking):
         perform()
     else:
@@ -330,6 +337,17 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     return target
 
 
+def _watch(source: torch.Tensor, stream: "device.Stream") -> None:
+    """The device may read pinned memory until the host has waited for it: then it must hold what it held."""
+    source, content = source.detach(), source.detach().clone()
+
+    def check() -> None:
+        if not torch.equal(source.view(torch.uint8), content.view(torch.uint8)):
+            raise PinnedMemoryError("pinned memory was overwritten before its copy to the device was waited for")
+
+    stream.check_when_passed(check)
+
+
 def _cpu(tensor: torch.Tensor) -> torch.Tensor:
     return memory.as_cpu(tensor) if tensor.device.type == "npu" else tensor
 
@@ -337,7 +355,7 @@ def _cpu(tensor: torch.Tensor) -> torch.Tensor:
 def _local_scalar_dense(tensor: torch.Tensor) -> Any:
     _record("_local_scalar_dense", [tensor])
     RECORDER.sync("item")
-    device.STATE.current.finish()
+    device.STATE.current.passed()
     return memory.as_cpu(tensor).item()
 
 
