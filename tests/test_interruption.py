@@ -1,9 +1,9 @@
 """How a command takes SIGTERM: as an interruption while it runs, and not otherwise."""
 
 import contextlib
-import os
 import signal
 import threading
+import time
 
 import pytest
 import typer
@@ -18,8 +18,8 @@ def exit_code(body: object) -> int:
 
 
 def terminated() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-    signal.pause()
+    signal.raise_signal(signal.SIGTERM)  # to this thread: another one would leave this one waiting
+    time.sleep(5)
 
 
 def terminated_inside_a_library() -> None:
@@ -30,8 +30,8 @@ def terminated_inside_a_library() -> None:
 
 
 def interrupted() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-    signal.pause()
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(5)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_somebody_elses_handler_stays() -> None:
     came: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     try:
-        command(lambda: os.kill(os.getpid(), signal.SIGTERM))()
+        command(lambda: signal.raise_signal(signal.SIGTERM))()
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert came == [signal.SIGTERM]
