@@ -4,11 +4,20 @@ import contextlib
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import typer
 
 from hstu_cli.commands.options import command
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """SIGINT as a terminal's process has it: one that was started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def exit_code(body: object) -> int:
