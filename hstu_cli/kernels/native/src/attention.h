@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "matrix_attention.h"
+#include "packed_keys.h"
 #include "plan.h"
 #include "scratch.h"
 #include "vector_attention.h"
@@ -22,8 +23,8 @@ class Worker {
 
  public:
   // partial_sums: where tasks that share rows leave theirs.
-  Worker(const Batch<scalar_t>& batch, int64_t num_heads, real_t* partial_sums)
-      : batch_(batch), tiles_(batch.head_dim, batch.alpha), partial_sums_(partial_sums) {
+  Worker(const Batch<scalar_t>& batch, const PackedKeys<tiles_t>& packed, int64_t num_heads, real_t* partial_sums)
+      : batch_(batch), packed_(packed), tiles_(batch.head_dim, batch.alpha), partial_sums_(partial_sums) {
     Carver sizes;
     carve(sizes, num_heads);
     Carver carver(scratch(sizes.used()));
@@ -44,16 +45,12 @@ class Worker {
         return batch_.q.at(s.first_row + task.row_begin + i, head);
       });
     }
-    const int64_t own_key = s.num_cached + task.row_begin;  // of the first row, the last one that it sees
-    const int64_t chunk = tiles_.num_chunk_keys(task.num_heads());
-    int64_t next = find_rows(s, task, task.key_begin, chunk, key_rows_);
-    for (int64_t begin = task.key_begin; begin < task.key_end;) {
-      const int64_t end = begin + next;
-      next = find_rows(s, task, end, chunk, next_rows_);
-      const Keys<scalar_t> keys{key_rows_, end - begin, next_rows_, next, task.num_heads()};
-      tiles_.attend(keys, rows, begin - own_key, sums, begin > task.key_begin);
-      std::swap(key_rows_, next_rows_);
-      begin = end;
+    bool packed = false;
+    if constexpr (tiles_t::PACKS) packed = tiles_t::are_many(rows);
+    if (packed) {
+      meet_packed_keys(task, sums);
+    } else {
+      meet_keys(task, sums);
     }
     if (task.num_parts > 1) return;
     for (int64_t slot = 0; slot < task.num_heads(); ++slot) {
@@ -83,26 +80,56 @@ class Worker {
     carver.take(row_, tiles_.sums_per_row());
     carver.take(key_rows_, tiles_t::MOST_KEYS);
     carver.take(next_rows_, tiles_t::MOST_KEYS);
+    if constexpr (tiles_t::PACKS) carver.take(chunk_, tiles_.many().chunk_size());
   }
 
-  // The rows of at most `most` of a task's keys, from `begin` on; returns how many.
-  int64_t find_rows(const Sequence& s, const Task& task, int64_t begin, int64_t most, KeyRow<scalar_t>* row) const {
-    const auto& p = batch_.pages;
-    const int64_t head = task.head_begin, end = std::min(begin + most, task.key_end);
-    int64_t j = begin;
-    while (j < std::min(end, s.num_cached)) {  // page by page
-      const int64_t slot = j % p.page_size, last = std::min({j - slot + p.page_size, end, s.num_cached});
-      const scalar_t* key =
-          p.data + s.page_ids[j / p.page_size] * p.page_stride + slot * p.slot_stride + head * p.head_stride;
-      for (; j < last; ++j, key += p.slot_stride) {
-        *row++ = {key, key + p.kind_stride, p.head_stride, p.head_stride};
+  // The keys as they lie, chunk by chunk.
+  void meet_keys(const Task& task, real_t* sums) {
+    const Sequence& s = batch_.sequences[task.sequence];
+    const int64_t own_key = s.num_cached + task.row_begin;  // of the first row, the last one that it sees
+    const int64_t chunk = tiles_.num_chunk_keys(task.num_heads());
+    auto find = [&](int64_t begin, KeyRow<scalar_t>* rows) {
+      const int64_t end = std::min(begin + chunk, task.key_end);
+      batch_.find_rows(s, task.head_begin, begin, end, rows);
+      return end;
+    };
+    int64_t next = find(task.key_begin, key_rows_);
+    for (int64_t begin = task.key_begin; begin < task.key_end;) {
+      const int64_t end = next;
+      next = find(end, next_rows_);
+      const Keys<scalar_t> keys{key_rows_, end - begin, next_rows_, next - end, task.num_heads()};
+      tiles_.attend(keys, task.padded_rows(), begin - own_key, sums, begin > task.key_begin);
+      std::swap(key_rows_, next_rows_);
+      begin = end;
+    }
+  }
+
+  // The keys as they were packed for all tasks, or are now for this one.
+  void meet_packed_keys(const Task& task, real_t* all_sums) {
+    if constexpr (tiles_t::PACKS) {
+      constexpr int64_t CHUNK = tiles_t::CHUNK_KEYS;
+      const Sequence& s = batch_.sequences[task.sequence];
+      const int64_t rows = task.padded_rows(), own_key = s.num_cached + task.row_begin;
+      for (int64_t head = task.head_begin; head < task.head_end; ++head) {
+        real_t* sums = all_sums + (head - task.head_begin) * rows * tiles_.sums_per_row();
+        for (int64_t begin = task.key_begin, end; begin < task.key_end; begin = end) {
+          end = std::min(begin / CHUNK * CHUNK + CHUNK, task.key_end);
+          int64_t first = begin / CHUNK * CHUNK;
+          const scalar_t *chunk = packed_.chunk(task.sequence, head, first), *next = nullptr;
+          if (chunk == nullptr) {
+            batch_.find_rows(s, head, begin, end, key_rows_);
+            tiles_.many().pack(key_rows_, end - begin, chunk_);
+            chunk = chunk_;
+            first = begin;
+          } else if (end < task.key_end) {
+            next = packed_.chunk(task.sequence, head, end);
+          }
+          tiles_.many().attend(
+              head - task.head_begin, chunk, begin - first, end - first, next, rows, begin - own_key, sums,
+              begin > task.key_begin);
+        }
       }
     }
-    for (; j < end; ++j) {
-      const int64_t token = s.first_row + j - s.num_cached;
-      *row++ = {batch_.k.at(token, head), batch_.v.at(token, head), batch_.k.head_stride, batch_.v.head_stride};
-    }
-    return std::max<int64_t>(end - begin, 0);
   }
 
   // Writes a head's rows: the sums over the keys before the candidates and, of a candidate, its own value.
@@ -137,9 +164,11 @@ class Worker {
   }
 
   const Batch<scalar_t>& batch_;
+  const PackedKeys<tiles_t>& packed_;
   tiles_t tiles_;
   real_t *partial_sums_, *sums_, *row_;
   KeyRow<scalar_t> *key_rows_, *next_rows_;
+  scalar_t* chunk_ = nullptr;  // that this task packs for itself
 };
 
 // Runs f(worker, i) for every i below count, the next free thread taking the next i.
@@ -166,10 +195,18 @@ void attention(const Batch<typename tiles_t::scalar_type>& batch) {
   const int64_t num_threads = plan.cost * static_cast<double>(sums_per_row) < 2e5 ? 1 : at::get_num_threads();
   using real_t = typename tiles_t::sum_type;
   std::unique_ptr<real_t[]> partial_sums(new real_t[plan.num_partial_rows * sums_per_row]);
-  auto make = [&] { return Worker<tiles_t>(batch, max_heads, partial_sums.get()); };
-  on_threads<tiles_t>(static_cast<int64_t>(plan.tasks.size()), num_threads, make, [&](auto& worker, int64_t i) {
-    worker.run(plan.tasks[i]);
-  });
+  PackedKeys<tiles_t> packed(batch);
+  auto make = [&] { return Worker<tiles_t>(batch, packed, max_heads, partial_sums.get()); };
+  for (int64_t first = 0, last; first < static_cast<int64_t>(batch.sequences.size()); first = last) {
+    last = packed.pack(first);
+    std::vector<const Task*> tasks;
+    for (const Task& task : plan.tasks) {
+      if (first <= task.sequence && task.sequence < last) tasks.push_back(&task);
+    }
+    on_threads<tiles_t>(static_cast<int64_t>(tasks.size()), num_threads, make, [&](auto& worker, int64_t i) {
+      worker.run(*tasks[i]);
+    });
+  }
   if (!plan.num_partial_rows) return;
   std::vector<std::pair<const Task*, int64_t>> shared;  // and a head of it
   for (const Task& task : plan.tasks) {

@@ -62,6 +62,23 @@ struct Batch {
   std::vector<Sequence> sequences;
   int64_t num_heads, head_dim;
   double alpha, scaling_seqlen;
+
+  // Where keys [begin, end) of a sequence are, for heads from `head` on.
+  void find_rows(const Sequence& s, int64_t head, int64_t begin, int64_t end, KeyRow<scalar_t>* row) const {
+    int64_t j = begin;
+    while (j < std::min(end, s.num_cached)) {  // page by page
+      const int64_t slot = j % pages.page_size, last = std::min({j - slot + pages.page_size, end, s.num_cached});
+      const scalar_t* key = pages.data + s.page_ids[j / pages.page_size] * pages.page_stride +
+                            slot * pages.slot_stride + head * pages.head_stride;
+      for (; j < last; ++j, key += pages.slot_stride) {
+        *row++ = {key, key + pages.kind_stride, pages.head_stride, pages.head_stride};
+      }
+    }
+    for (; j < end; ++j) {
+      const int64_t token = s.first_row + j - s.num_cached;
+      *row++ = {k.at(token, head), v.at(token, head), k.head_stride, v.head_stride};
+    }
+  }
 };
 
 // Rows [row_begin, row_end) of some heads of a sequence meet keys [key_begin, key_end).

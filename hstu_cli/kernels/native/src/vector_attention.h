@@ -98,6 +98,7 @@ class VectorTiles {
   using scalar_type = scalar_t;
   using sum_type = real_t;
   struct session_type {};
+  static constexpr bool PACKS = false;
   static constexpr int64_t MAX_HEADS = 1, MOST_KEYS = 256;
 
   VectorTiles(int64_t head_dim, double alpha)

@@ -1,0 +1,161 @@
+// What attention in matrix units shares, whether few rows meet the keys or many: values as tiles, sums as rows of results,
+// and what is fetched ahead.
+#pragma once
+
+#include "matrix_tiles.h"
+
+#ifdef HSTU_MATRIX_TILES
+
+namespace hstu {
+
+class MatrixRows {
+ public:
+  MatrixRows(int64_t head_dim, double alpha)
+      : head_dim_(head_dim),
+        width_(round_up(head_dim, STEP)),
+        steps_(width_ / STEP),
+        minus_alpha_log2e_(_mm512_set1_ps(static_cast<float>(-alpha * 1.4426950408889634))) {}
+
+  int64_t sums_per_row() const { return width_; }
+
+  // Row i of sums times a factor as a row of results; false where only read_row can.
+  bool write_row(const float* sums, int64_t i, float factor, bf16* out) const {
+    if (head_dim_ != width_) return false;
+    const float* tile = row_of(sums, i);
+    const __m512 scale = _mm512_set1_ps(factor);
+    for (int64_t step = 0; step < steps_; ++step) {
+      const __m512 even = _mm512_mul_ps(_mm512_loadu_ps(tile + 2 * step * SUM_TILE), scale);
+      const __m512 odd = _mm512_mul_ps(_mm512_loadu_ps(tile + (2 * step + 1) * SUM_TILE), scale);
+      const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(even)));
+      const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(odd)));
+      _mm512_storeu_si512(out + step * STEP, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+    return true;
+  }
+
+  // Row i of sums, its channels in order: [width].
+  void read_row(const float* sums, int64_t i, float* row) const {
+    const float* tile = row_of(sums, i);
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    for (int64_t step = 0; step < steps_; ++step) {
+      const __m512 even = _mm512_loadu_ps(tile + 2 * step * SUM_TILE);
+      const __m512 odd = _mm512_loadu_ps(tile + (2 * step + 1) * SUM_TILE);
+      _mm512_storeu_ps(row + step * STEP, _mm512_permutex2var_ps(even, low, odd));
+      _mm512_storeu_ps(row + step * STEP + 16, _mm512_permutex2var_ps(even, high, odd));
+    }
+  }
+
+ protected:
+  // Rows that are needed soon, brought closer line by line: one at a time beside a tile product costs little, more make
+  // the products wait for their own operands.
+  class Ahead {
+   public:
+    Ahead() = default;
+    Ahead(const KeyRow<bf16>* rows, int64_t count, const bf16* KeyRow<bf16>::*part, int64_t elements)
+        : row_(rows), last_(rows + count), part_(part), bytes_(elements * 2) {}
+
+    void fetch() {
+      if (row_ == last_) return;
+      _mm_prefetch(reinterpret_cast<const char*>(row_->*part_) + at_, _MM_HINT_T1);
+      at_ += 64;
+      if (at_ < bytes_) return;
+      at_ = 0;
+      ++row_;
+    }
+
+   private:
+    const KeyRow<bf16> *row_ = nullptr, *last_ = nullptr;
+    const bf16* KeyRow<bf16>::*part_ = nullptr;
+    int64_t at_ = 0, bytes_ = 0;
+  };
+
+  // Where a row begins in its first tile.
+  const float* row_of(const float* sums, int64_t i) const { return sums + i / 16 * width_ * 16 + i % 16 * 16; }
+
+  // 32 rows of a head from `row` on and the 32 keys of a step; row i sees key p of it where shift + p <= i.
+  struct Block {
+    int64_t head = 0, row = 0, step = 0, shift = 0, parity = 0;
+    bool exists = false;
+
+    // Whether some row does not see some key.
+    bool masked() const { return shift + STEP - 1 > 0; }
+  };
+
+  // Steps of keys of which the last of 32 rows sees one.
+  int64_t num_seen(int64_t row) const {
+    const int64_t seen = row + ROW_STEP - 1 - diagonal_;
+    return seen < 0 ? 0 : std::min(seen / STEP + 1, key_steps_);
+  }
+
+  // Of 16 numbers those from `first` on.
+  static __mmask16 from(int64_t first) {
+    return first <= 0 ? 0xffff : first >= 16 ? 0 : static_cast<__mmask16>(0xffff << first);
+  }
+
+  // Calls f with the number of steps of a row, as a constant where the width is a usual one: loops of known length.
+  template <typename f_t>
+  void with_steps(const f_t& f) const {
+    switch (steps_) {
+      case 2: return f(std::integral_constant<int64_t, 2>());
+      case 4: return f(std::integral_constant<int64_t, 4>());
+      case 8: return f(std::integral_constant<int64_t, 8>());
+      default: return f(steps_);
+    }
+  }
+
+  void start(int64_t num_keys, int64_t padded_rows, int64_t diagonal) {
+    key_steps_ = (num_keys + STEP - 1) / STEP;
+    padded_rows_ = padded_rows;
+    diagonal_ = diagonal;
+  }
+
+  // Values as right operands: pairs of keys, those of even channels in one tile and of odd ones in the next, so that
+  // nothing moves between lanes. `read_row` puts the channels in order again. Zeros stand behind the last key.
+  // Columns of tiles begin so many elements apart.
+  void load_values(const KeyRow<bf16>* rows, int64_t count, int64_t head, int64_t next, bf16* values) const {
+    for (int64_t j = 0; j < round_up(count, STEP); j += 2) {
+      const bf16* first = j < count ? rows[j].value + head * rows[j].value_head_stride : nullptr;
+      const bf16* second = j + 1 < count ? rows[j + 1].value + head * rows[j + 1].value_head_stride : nullptr;
+      bf16* target = values + j / STEP * TILE + j % STEP / 2 * STEP;
+      for (int64_t step = 0; step < steps_; ++step) {
+        const __m512i a = channels(first, step), b = channels(second, step);
+        _mm512_store_si512(target, _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
+        _mm512_store_si512(target + next, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
+        target += 2 * next;
+      }
+    }
+  }
+
+  __m512i channels(const bf16* row, int64_t step) const {
+    return row ? load_channels(row, step * STEP, head_dim_) : _mm512_setzero_si512();
+  }
+
+  // sums of 32 rows = weights values over so many steps of keys, or these are added; tiles of weights below
+  // each other and of values beside each other begin so far apart.
+  template <Reuse reuse, typename beside_t>
+  void add_values(
+      int64_t key_steps, const bf16* weights, int64_t weights_apart, const bf16* values, int64_t values_apart, float* sums,
+      bool add, const beside_t& beside) const {
+    const int64_t below = 16 * width_;
+    for (int64_t tile = 0; tile < 2 * steps_ && (key_steps || !add); tile += 2) {
+      if (add) {
+        load_sums(sums + tile * SUM_TILE, below);
+      } else {
+        zero_sums();
+      }
+      add_products<reuse>(
+          key_steps, {weights, weights + weights_apart}, {values + tile * values_apart, values + (tile + 1) * values_apart},
+          beside);
+      store_sums(sums + tile * SUM_TILE, below);
+    }
+  }
+
+  int64_t head_dim_, width_, steps_;
+  __m512 minus_alpha_log2e_;
+  int64_t key_steps_ = 0, padded_rows_ = 0, diagonal_ = 0;
+};
+
+}  // namespace hstu
+
+#endif
