@@ -76,10 +76,10 @@ class HSTULayer(nn.Module):
             return self._fused(x, attention)
         norm, output_norm = self.input_norm, self.output_norm
         normed = layer_norm(x, norm.weight, norm.bias, eps=norm.eps, impl=impl)  # [T, D]
-        uvqk = linear_silu(normed, self.uvqk.weight, self.uvqk.bias, impl=impl)  # [T, 4 * H * d]
-        u, v, q, k = uvqk.view(-1, 4, self.num_heads, self.head_dim).unbind(1)  # [T, H, d] each
+        u, *vqk = linear_silu(normed, self.uvqk.weight, self.uvqk.bias, num_parts=4, impl=impl)  # [T, H * d] each
+        v, q, k = (part.unflatten(1, (self.num_heads, self.head_dim)) for part in vqk)
         o = attention(layer, q, k, v).flatten(1)  # [T, H * d]
-        gated = layer_norm_mul(o, u.flatten(1), output_norm.weight, output_norm.bias, eps=output_norm.eps, impl=impl)
+        gated = layer_norm_mul(o, u, output_norm.weight, output_norm.bias, eps=output_norm.eps, impl=impl)
         return linear_residual(F.dropout(gated, self.dropout, self.training), self.output.weight, x, impl=impl)
 
     @property

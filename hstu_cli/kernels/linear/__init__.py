@@ -6,9 +6,13 @@ from hstu_cli.kernels.dispatch import choose_impl_for
 from hstu_cli.kernels.inputs import check_alike
 
 
-def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+def linear_silu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, num_parts: int | None = None, impl: str = "auto"
+) -> torch.Tensor:
     """`SiLU(x W' + b)`: x [rows, in], weight [out, in], bias [out], result [rows, out]; one floating dtype and device.
 
+    num_parts: the result comes in so many parts of its columns, [num_parts, rows, out / num_parts], each of which may
+      lie by itself in memory: who reads only some parts, or one of them row by row, reads less.
     Inputs are fastest where elements of the last dimension are side by side; other layouts may be copied first.
     impl: `auto` or a name from `hstu_cli.kernels.dispatch.IMPLEMENTATIONS`; native keeps weights packed
       while they are as they are, and rounds to a narrow dtype once instead of twice; so does triton, save where
@@ -16,6 +20,8 @@ def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, im
     Raises ValueError for inputs that do not fit together.
     """
     _check(x, weight, "bias", bias, weight.shape[:1])
+    if num_parts is not None and (num_parts < 1 or len(bias) % num_parts):
+        raise ValueError(f"{num_parts} parts do not divide {len(bias)} columns")
     match choose_impl_for(impl, x, weight, bias):
         case "native":
             from hstu_cli.kernels.linear.native import linear_silu
@@ -23,7 +29,8 @@ def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, im
             from hstu_cli.kernels.linear.triton import linear_silu
         case _:
             from hstu_cli.kernels.linear.reference import linear_silu
-    return linear_silu(x, weight, bias)
+    parts = linear_silu(x, weight, bias, num_parts or 1)
+    return parts[0] if num_parts is None else parts
 
 
 def linear_residual(

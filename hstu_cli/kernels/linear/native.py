@@ -29,16 +29,24 @@ def forget(weight: torch.Tensor) -> None:
     _packed.pop(weight, None)
 
 
-def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+PART_COLUMNS = 32
+"""The C++ operator gives parts of a result places of their own where they are multiples of so many columns wide."""
+
+
+def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_parts: int) -> torch.Tensor:
     """See `hstu_cli.kernels.linear.linear_silu`."""
     if x.dtype != torch.bfloat16 or x.numel() == 0:
-        return reference.linear_silu(x, weight, bias)
+        return reference.linear_silu(x, weight, bias, num_parts)
     if torch.ops.hstu_native.has_bf16_tiles():
-        return torch.ops.hstu_native.linear_silu(x, _packed_weight(weight, torch.ops.hstu_native.pack_weight), bias)
+        packed = _packed_weight(weight, torch.ops.hstu_native.pack_weight)
+        apart = num_parts if len(bias) % (num_parts * PART_COLUMNS) == 0 else 1
+        y = torch.ops.hstu_native.linear_silu(x, packed, bias, apart)
+        return y if apart == num_parts else reference.in_parts(y[0], num_parts)
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed = _packed_weight(weight, torch.ops.mkldnn._reorder_linear_weight)
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "swish", [], "")
-    return reference.linear_silu(x, weight, bias)
+        y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "swish", [], "")
+        return reference.in_parts(y, num_parts)
+    return reference.linear_silu(x, weight, bias, num_parts)
 
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

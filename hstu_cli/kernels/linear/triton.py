@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from hstu_cli.backend import backend_of
+from hstu_cli.kernels.linear.reference import in_parts
 from hstu_cli.kernels.triton.aot import AotSpec
 from hstu_cli.kernels.triton.arguments import row_major, sum_dtype, type_name
 from hstu_cli.kernels.triton.chips import chip_of
@@ -26,9 +27,9 @@ FINISH = {"BLOCK": 1024, "num_warps": 4}
 """Launch of the second kernel, which waits for memory on every chip."""
 
 
-def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_parts: int) -> torch.Tensor:
     """See `hstu_cli.kernels.linear.linear_silu`: tiles are rounded to a narrow dtype once, after SiLU."""
-    return _linear("linear_silu", x, weight, bias)
+    return in_parts(_linear("linear_silu", x, weight, bias), num_parts)
 
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

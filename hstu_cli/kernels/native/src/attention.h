@@ -140,7 +140,7 @@ class Worker {
     for (int64_t i = 0; i < task.num_rows(); ++i) {
       const int64_t row = task.row_begin + i, token = s.first_row + row;
       scalar_t* out = batch_.out + (token * batch_.num_heads + head) * d;
-      if (row < s.num_new - s.num_candidates && tiles_.write_row(sums, i, scale, out)) continue;
+      if (row < s.num_new - s.num_candidates && tiles_.write_row(sums, i, scale, batch_.stream, out)) continue;
       tiles_.read_row(sums, i, row_);
       for (int64_t c = 0; c < d; ++c) {
         row_[c] *= scale;

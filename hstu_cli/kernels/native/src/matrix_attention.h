@@ -47,8 +47,8 @@ class MatrixTiles {
     few_.attend(keys, padded_rows, diagonal, sums, add);
   }
 
-  bool write_row(const float* sums, int64_t i, float factor, bf16* out) const {
-    return few_.write_row(sums, i, factor, out);
+  bool write_row(const float* sums, int64_t i, float factor, bool stream, bf16* out) const {
+    return few_.write_row(sums, i, factor, stream, out);
   }
 
   void read_row(const float* sums, int64_t i, float* row) const { few_.read_row(sums, i, row); }

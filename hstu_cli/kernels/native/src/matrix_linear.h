@@ -68,17 +68,23 @@ class LinearWorker {
  public:
   LinearWorker(
       const bf16* x, int64_t x_stride, int64_t rows, const bf16* packed, const PackedWeight& weight, bf16* y,
-      int64_t group_rows)
-      : x_(x), x_stride_(x_stride), rows_(rows), packed_(packed), weight_(weight), y_(y), group_rows_(group_rows) {
+      int64_t part_width, int64_t group_rows)
+      : x_(x),
+        x_stride_(x_stride),
+        rows_(rows),
+        packed_(packed),
+        weight_(weight),
+        y_(y),
+        part_width_(part_width),
+        group_rows_(group_rows) {
     Carver sizes;
     carve(sizes);
     Carver carver(scratch(sizes.used()));
     carve(carver);
     // Results that no cache will hold go to memory directly: it need not be read first.
-    stream_ = rows * weight.out >= 1 << 20 && weight.out % 32 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+    stream_ = rows * weight.out >= 1 << 20 && part_width % 32 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
   }
 
-  ~LinearWorker() { _mm_sfence(); }  // what was streamed is in memory before another thread looks
   LinearWorker(const LinearWorker&) = delete;
 
   template <typename finish_t>
@@ -172,6 +178,7 @@ class LinearWorker {
       const Sums& sums, int64_t begin, int64_t end, const finish_t& finish) {
     const int64_t left = weight_.out - sums.column;
     const auto exist = static_cast<__mmask32>(left >= 32 ? 0xffffffff : (1u << left) - 1);
+    bf16* part = y_ + sums.column / part_width_ * rows_ * part_width_ + sums.column % part_width_;
     for (int64_t i = begin; i < std::min(end, sums.count); ++i) {
       const float* tile = sums.tiles + i / 16 * 2 * SUM_TILE + i % 16 * 16;
       const int64_t row = sums.row + i, column = sums.column;
@@ -179,7 +186,7 @@ class LinearWorker {
       const __m512 high =
           finish(_mm512_load_ps(tile + SUM_TILE), row, column + 16, static_cast<__mmask16>(exist >> 16));
       const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-      bf16* y = y_ + row * weight_.out + column;
+      bf16* y = part + row * part_width_;
       if (stream_) {
         _mm512_stream_si512(reinterpret_cast<__m512i*>(y), both);
       } else {
@@ -193,18 +200,19 @@ class LinearWorker {
   const bf16* packed_;
   const PackedWeight& weight_;
   bf16* y_;
-  int64_t group_rows_, loaded_ = -1;
+  int64_t part_width_, group_rows_, loaded_ = -1;
   bf16* tiles_;
   float* sums_;
   bool stream_;
   TileSession session_;
 };
 
-// y [rows, out] = finish(x W'); x [rows, in] with contiguous rows `x_stride` apart.
+// y [out / part_width, rows, part_width] = finish(x W'), columns in parts of as many, of which all are multiples of 32 or
+// there is one; x [rows, in] with contiguous rows `x_stride` apart.
 template <typename finish_t>
 void linear(
     const bf16* x, int64_t x_stride, int64_t rows, const bf16* packed, const PackedWeight& weight, bf16* y,
-    const finish_t& finish) {
+    int64_t part_width, const finish_t& finish) {
   constexpr int64_t GROUP_ROWS = 512, TASKS_PER_THREAD = 8;
   const int64_t threads = at::get_num_threads(), least = (rows + GROUP_ROWS - 1) / GROUP_ROWS;
   // As many groups for each thread; of a single one all threads take some columns.
@@ -215,7 +223,7 @@ void linear(
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) {
-      LinearWorker worker(x, x_stride, rows, packed, weight, y, group_rows);
+      LinearWorker worker(x, x_stride, rows, packed, weight, y, part_width, group_rows);
       for (int64_t i = next++; i < groups * parts; i = next++) {
         if (i / parts * group_rows >= rows) break;
         const int64_t first = std::min(i % parts * part_blocks, weight.blocks());

@@ -81,7 +81,6 @@ class ProductWorker {
     carve(carver);
   }
 
-  ~ProductWorker() { _mm_sfence(); }  // what was streamed is in memory before another thread looks
   ProductWorker(const ProductWorker&) = delete;
 
   // finish(row, column, low, high, exist): 32 sums of a row from a column on.

@@ -18,8 +18,8 @@ class MatrixRows {
 
   int64_t sums_per_row() const { return width_; }
 
-  // Row i of sums times a factor as a row of results; false where only read_row can.
-  bool write_row(const float* sums, int64_t i, float factor, bf16* out) const {
+  // Row i of sums times a factor as a row of results, past the caches where `stream`; false where only read_row can.
+  bool write_row(const float* sums, int64_t i, float factor, bool stream, bf16* out) const {
     if (head_dim_ != width_) return false;
     const float* tile = row_of(sums, i);
     const __m512 scale = _mm512_set1_ps(factor);
@@ -28,7 +28,12 @@ class MatrixRows {
       const __m512 odd = _mm512_mul_ps(_mm512_loadu_ps(tile + (2 * step + 1) * SUM_TILE), scale);
       const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(even)));
       const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(odd)));
-      _mm512_storeu_si512(out + step * STEP, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      const __m512i both = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+      if (stream) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(out + step * STEP), both);
+      } else {
+        _mm512_storeu_si512(out + step * STEP, both);
+      }
     }
     return true;
   }

@@ -38,10 +38,14 @@ struct alignas(64) TileConfig {
 };
 inline const TileConfig TILE_CONFIG;
 
-// The matrix units as long as this lives; what another library does with them in between is undone.
+// The matrix units as long as this lives; what another library does with them in between is undone. At its end what was
+// streamed is in memory, before another thread looks.
 struct TileSession {
   TileSession() { _tile_loadconfig(&TILE_CONFIG); }
-  ~TileSession() { _tile_release(); }
+  ~TileSession() {
+    _tile_release();
+    _mm_sfence();
+  }
   TileSession(const TileSession&) = delete;
 };
 

@@ -35,9 +35,11 @@ at::Tensor run(
               pages.size(2)};
   }
   if (out.numel()) {
+    const bool stream = out.numel() >= 1 << 20 && reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0;
     const Batch<scalar_t> batch{
         rows_of<scalar_t>(q), rows_of<scalar_t>(k), rows_of<scalar_t>(v), source, out.data_ptr<scalar_t>(),
-        std::move(sequences), q.size(1), q.size(2), alpha, static_cast<double>(scaling_seqlen)};
+        std::move(sequences), q.size(1), q.size(2), alpha, static_cast<double>(scaling_seqlen),
+        stream};
     attention<tiles_t>(batch);
   }
   return out;
@@ -188,38 +190,45 @@ at::Tensor pack_weight(const at::Tensor& weight_any) {
   const at::Tensor weight = weight_any.contiguous();
   const PackedWeight shape{weight.size(0), weight.size(1)};
   at::Tensor packed = at::empty({shape.size()}, weight.options());
+  advise_huge_pages(packed.data_ptr(), packed.nbytes());
   shape.pack(weight.const_data_ptr<bf16>(), packed.data_ptr<bf16>());
   return packed;
 }
 
+// [num_parts, rows, out / num_parts]
 template <typename finish_t>
-at::Tensor run_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_t out_width, const finish_t& finish) {
+at::Tensor run_linear(
+    const at::Tensor& x_any, const at::Tensor& packed, int64_t out_width, int64_t num_parts, const finish_t& finish) {
   check_bf16_rows(x_any, "x");
   const at::Tensor x = last_contiguous(x_any);
   const PackedWeight weight{out_width, x.size(1)};
   TORCH_CHECK_VALUE(
       packed.numel() == weight.size() && packed.scalar_type() == at::kBFloat16, "weight packed for other widths");
-  at::Tensor y = at::empty({x.size(0), out_width}, x.options());
+  TORCH_CHECK_VALUE(
+      num_parts == 1 || (num_parts > 1 && out_width % (num_parts * PackedWeight::COLUMNS) == 0),
+      "parts must have a multiple of 32 columns");
+  at::Tensor y = at::empty({num_parts, x.size(0), out_width / num_parts}, x.options());
   if (y.numel()) {
     linear(
         x.const_data_ptr<bf16>(), x.stride(0), x.size(0), packed.const_data_ptr<bf16>(), weight, y.data_ptr<bf16>(),
-        finish);
+        y.size(2), finish);
   }
   return y;
 }
 
-at::Tensor linear_silu(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias_any) {
+at::Tensor linear_silu(
+    const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias_any, int64_t num_parts) {
   TORCH_CHECK_VALUE(bias_any.dim() == 1 && bias_any.scalar_type() == at::kBFloat16, "bias must be bf16 [out]");
   const at::Tensor bias = bias_any.contiguous();
-  return run_linear(x, packed, bias.size(0), BiasSilu{bias.const_data_ptr<bf16>()});
+  return run_linear(x, packed, bias.size(0), num_parts, BiasSilu{bias.const_data_ptr<bf16>()});
 }
 
 at::Tensor linear_residual(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& residual_any) {
   check_bf16_rows(residual_any, "residual");
   TORCH_CHECK_VALUE(residual_any.size(0) == x.size(0), "residual must have as many rows as x");
   const at::Tensor residual = last_contiguous(residual_any);
-  return run_linear(
-      x, packed, residual.size(1), AddResidual{residual.const_data_ptr<bf16>(), residual.stride(0)});
+  const AddResidual finish{residual.const_data_ptr<bf16>(), residual.stride(0)};
+  return run_linear(x, packed, residual.size(1), 1, finish).squeeze(0);
 }
 #endif
 
@@ -234,7 +243,7 @@ TORCH_LIBRARY(hstu_native, library) {
   library.def("has_bf16_tiles() -> bool", &hstu::has_bf16_tiles);
 #ifdef HSTU_MATRIX_TILES
   library.def("pack_weight(Tensor weight) -> Tensor");
-  library.def("linear_silu(Tensor x, Tensor packed, Tensor bias) -> Tensor");
+  library.def("linear_silu(Tensor x, Tensor packed, Tensor bias, int num_parts) -> Tensor");
   library.def("linear_residual(Tensor x, Tensor packed, Tensor residual) -> Tensor");
   library.def("multiply_tiles(int repeats) -> int", &hstu::multiply_tiles);
 #endif

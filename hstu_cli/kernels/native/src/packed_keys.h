@@ -41,7 +41,7 @@ class PackedKeys {
       }
       std::vector<Job> jobs;
       for (int64_t b = first; b < last; ++b) {
-        for (int64_t i = 0; places_[b] != NONE && i < batch_.num_heads * chunks_of(b); ++i) jobs.push_back({b, i});
+        for (int64_t i = 0; places_[b] != NONE && i < chunks_of(b); ++i) jobs.push_back({b, i});
       }
       at::parallel_for(0, static_cast<int64_t>(jobs.size()), 1, [&](int64_t begin, int64_t end) {
         std::vector<KeyRow<scalar_t>> rows(tiles_t::CHUNK_KEYS);
@@ -53,8 +53,7 @@ class PackedKeys {
 
   // The chunk of a head that begins with a key; null where its tasks pack keys themselves.
   const scalar_t* chunk(int64_t sequence, int64_t head, int64_t key) const {
-    if (places_[sequence] == NONE) return nullptr;
-    return memory_.get() + (places_[sequence] + head * chunks_of(sequence) + key / tiles_t::CHUNK_KEYS) * chunk_size();
+    return places_[sequence] == NONE ? nullptr : place(sequence, head, key / tiles_t::CHUNK_KEYS);
   }
 
  private:
@@ -66,15 +65,16 @@ class PackedKeys {
   };
 
   struct Job {
-    int64_t sequence, chunk;  // of all heads
+    int64_t sequence, chunk;
   };
 
   void pack_chunk(const Job& job, KeyRow<scalar_t>* rows) {
     const Sequence& s = batch_.sequences[job.sequence];
-    const int64_t head = job.chunk / chunks_of(job.sequence), begin = job.chunk % chunks_of(job.sequence) * tiles_t::CHUNK_KEYS;
-    const int64_t end = std::min(begin + tiles_t::CHUNK_KEYS, s.num_keys());
-    batch_.find_rows(s, head, begin, end, rows);
-    tiles_.many().pack(rows, end - begin, memory_.get() + (places_[job.sequence] + job.chunk) * chunk_size());
+    const int64_t begin = job.chunk * tiles_t::CHUNK_KEYS, end = std::min(begin + tiles_t::CHUNK_KEYS, s.num_keys());
+    for (int64_t head = 0; head < batch_.num_heads; ++head) {  // side by side, so one after another
+      batch_.find_rows(s, head, begin, end, rows);
+      tiles_.many().pack(rows, end - begin, place(job.sequence, head, job.chunk));
+    }
   }
 
   // Whether the rows of a head are several tasks of many rows each.
@@ -82,6 +82,10 @@ class PackedKeys {
 
   int64_t chunks_of(int64_t sequence) const {
     return (batch_.sequences[sequence].num_keys() + tiles_t::CHUNK_KEYS - 1) / tiles_t::CHUNK_KEYS;
+  }
+
+  scalar_t* place(int64_t sequence, int64_t head, int64_t chunk) const {
+    return memory_.get() + (places_[sequence] + head * chunks_of(sequence) + chunk) * chunk_size();
   }
 
   int64_t chunk_size() const { return tiles_.many().chunk_size(); }

@@ -147,7 +147,10 @@ class VectorTiles {
   }
 
   // Row i of sums times a factor as a row of results; false where only read_row can.
-  bool write_row(const real_t* /*sums*/, int64_t /*i*/, real_t /*factor*/, scalar_t* /*out*/) const { return false; }
+  bool write_row(
+      const real_t* /*sums*/, int64_t /*i*/, real_t /*factor*/, bool /*stream*/, scalar_t* /*out*/) const {
+    return false;
+  }
 
   // Row i of sums: [width].
   void read_row(const real_t* sums, int64_t i, real_t* row) const {
