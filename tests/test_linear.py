@@ -233,6 +233,24 @@ def test_packed_weights_go_with_their_weight() -> None:
     assert len(native._packed) == before
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [(70, 40, 256), (5, 24, 72), (0, 24, 64), (300, 40, 4096)], ids=str)
+def test_parts_are_the_columns_of_the_whole(shape: tuple[int, int, int], impl: str) -> None:
+    dtype = torch.float32 if impl == "triton" else torch.bfloat16
+    x, weight, bias = (tensor.to(device_of(impl)) for tensor in inputs(shape, dtype)[:3])
+    with torch.no_grad():
+        whole = linear_silu(x, weight, bias, impl=impl)
+        parts = linear_silu(x, weight, bias, num_parts=4, impl=impl)
+    assert parts.shape == (4, shape[0], shape[2] // 4)
+    assert torch.equal(torch.cat(parts.unbind(), 1), whole)
+
+
+@pytest.mark.parametrize("num_parts", [0, 3])
+def test_parts_that_do_not_divide_the_columns(num_parts: int) -> None:
+    with pytest.raises(ValueError, match=f"{num_parts} parts do not divide 8 columns"):
+        linear_silu(torch.zeros(2, 4), torch.zeros(8, 4), torch.zeros(8), num_parts=num_parts)
+
+
 def test_gradients_take_the_plain_road() -> None:
     x, weight, bias, residual = inputs((5, 8, 12), torch.float64)
     leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias, residual)]

@@ -1,9 +1,11 @@
 """The native operators beyond their cases: threads, odd shapes, and building them or not."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,23 @@ def test_any_batch_over_pages(data: st.DataObject) -> None:
     expected, bound = oracle(inputs.whole)
     error = (output.double() - expected[inputs.new_rows]).abs()
     assert (error <= bound[inputs.new_rows]).all()
+
+
+@pytest.mark.native
+def test_sequences_are_computed_as_if_they_were_alone(threads) -> None:
+    # Together their packed keys pass what is held at a time, so they come in groups; one of them is too short for that.
+    threads(1)
+    lengths = (513, 600, 700, 20) + (520,) * 14
+    inputs = make_inputs(AttentionCase(lengths, (3,) * len(lengths), num_heads=4, head_dim=256), torch.bfloat16)
+    together = run(inputs, "native")
+    for (start, end), num_candidates in zip(
+        pairwise(inputs.seq_offsets.tolist()), inputs.num_candidates.split(1), strict=True
+    ):
+        q, k, v = (x[start:end] for x in (inputs.q, inputs.k, inputs.v))
+        alone = dataclasses.replace(
+            inputs, q=q, k=k, v=v, seq_offsets=torch.tensor([0, end - start]), num_candidates=num_candidates
+        )
+        assert torch.equal(run(alone, "native"), together[start:end])
 
 
 @pytest.mark.native
