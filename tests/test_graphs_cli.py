@@ -165,7 +165,7 @@ def test_bench_e2e_skips_graphs_that_do_not_fit_and_nothing_else(monkeypatch: py
     pool = RecordedPool(fails_at={4})
     monkeypatch.setattr(GraphBackend, "graph_pool", lambda self: pool)
     monkeypatch.setattr("hstu_cli.model.graphs.CAPTURABLE", ("blocked",))
-    monkeypatch.setattr("hstu_cli.bench.e2e.GraphRunner", HostGraphRunner)
+    monkeypatch.setattr("hstu_cli.model.shaped_graphs.GraphRunner", HostGraphRunner)
     rows = record_of(*E2E, "--num-users", "1,2", "--num-iters", "1", "--impl", "blocked", "--device", "cpu")["rows"]
     assert [row.get("skipped") for row in rows] == [None] * 5 + ["ran out of memory"]
     assert [row["cuda_graph"]["eager_steps"] for row in rows if "cuda_graph" in row] == [0]

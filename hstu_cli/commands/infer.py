@@ -15,6 +15,8 @@ from hstu_cli.errors import RunError, UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from hstu_cli.model.captured import CapturedBlock
+    from hstu_cli.report import Reporter
 
 EXAMPLE = "Example: hstu infer --config tiny --dataset pure --from 2022-04-25 --predictions-out scores.parquet"
 WORTHWHILE_RATIO = 1.5
@@ -98,9 +100,10 @@ def infer(
     from hstu_cli.kernels.append_pages import choose_append_impl
     from hstu_cli.model.buckets import default_buckets
     from hstu_cli.model.engine import InferenceEngine
-    from hstu_cli.model.graphs import GraphRunner, choose_graphs
+    from hstu_cli.model.graphs import choose_graphs
     from hstu_cli.model.lookups import choose_embedding, make_lookup
     from hstu_cli.model.recsys_examples import is_recsys_examples
+    from hstu_cli.model.shaped_graphs import graph_runner
 
     if predictions_out is not None:
         check_writable(predictions_out)
@@ -144,7 +147,7 @@ def infer(
         cache = build_cache(source, model.config, model.dtype, backend, sizes)
     graphs = None
     if graph_choice.enabled:
-        graphs = GraphRunner(model.layers, cache, opened.impl.name, default_buckets(model.config, batch_size))
+        graphs = graph_runner(model.layers, cache, opened.impl.name, default_buckets(model.config, batch_size))
     replay = Replay(
         InferenceEngine(model, opened.impl.name, cache, make_lookup(chosen_embedding.name, model), graphs),
         source,
@@ -166,8 +169,8 @@ def infer(
         if graphs is not None:
             progress.stage("capturing graphs")
             graphs.capture(lambda done, total: progress.count(done, total, "sizes of a batch"))
-            for bucket in graphs.left_out:
-                reporter.warn(f"Memory did not suffice for the graph of steps of {bucket.num_tokens:,} tokens.")
+            if not graphs.learns_sizes:
+                _warn_of_left_out(reporter, graphs)
         progress.stage("replaying")
 
         def on_batch(done: int, logits_shape: tuple[int, int]) -> None:
@@ -180,8 +183,16 @@ def infer(
         finally:
             record |= replay.summary()
             record["cuda_graph"]["reason"] = graph_choice.reason
+        if graphs is not None and graphs.learns_sizes:
+            _warn_of_left_out(reporter, graphs)
         if replay.failure is not None:
             raise RunError(replay.failure)
+
+
+def _warn_of_left_out(reporter: "Reporter", graphs: "CapturedBlock") -> None:
+    """Say for which steps memory did not suffice."""
+    for size in graphs.left_out:
+        reporter.warn(f"Memory did not suffice for the graph of steps of {size.num_tokens:,} tokens.")
 
 
 def _tables(record: Mapping[str, Any]) -> "list[Table]":

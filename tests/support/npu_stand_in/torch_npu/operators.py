@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from torch_npu import device, memory
+from torch_npu import device, graphs, memory
 from torch_npu.recorder import RECORDER
 
 aten = torch.ops.aten
@@ -123,18 +124,49 @@ def _run(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(f"{op} multiplies {[str(t.dtype) for t in tensors]}: the device multiplies floats alone")
     _record(str(op).removeprefix("aten."), tensors)
     stream = device.STATE.current
-    if stream.default:
+    if graphs.current is None and stream.default:
         return _compute(op, args, kwargs)
-    _check_order(tensors)
-    # What it will return is known by sizes alone; its content comes when somebody waits for the stream.
-    sizes = op(*_map_tensors(args, _without_data), **_map_tensors(kwargs, _without_data))
-    written = _written(op, args, kwargs)
-    if written:
-        stream.submit(lambda: _compute(op, args, kwargs))
-        return next(iter(written.values()))
-    result = _new(sizes.size(), sizes.stride(), sizes.dtype)
-    stream.submit(lambda: memory.as_cpu(result).copy_(memory.as_cpu(_compute(op, args, kwargs))))
+    if graphs.current is None:
+        _check_order(tensors)
+    result = _declared(op, args, kwargs)
+    _put_off(partial(_compute_into, result, op, args, kwargs))
     return result
+
+
+def _put_off(work: Callable[[], None]) -> None:
+    """Do this when the graph that is captured replays, or when somebody waits for the stream."""
+    if graphs.current is not None:
+        graphs.current.add(work)
+    else:
+        device.STATE.current.submit(work)
+
+
+def _declared(op: OpOverload, args: Any, kwargs: Any) -> Any:
+    """What an operator will return, with nothing in it yet: it is known by sizes alone."""
+    empty: list[tuple[torch.Tensor, torch.Tensor]] = []  # an operator may resize these
+
+    def without_data(tensor: torch.Tensor) -> torch.Tensor:
+        shadow = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+        if not tensor.numel():
+            empty.append((tensor, shadow))
+        return shadow
+
+    sizes = op(*_map_tensors(args, without_data), **_map_tensors(kwargs, without_data))
+    for tensor, resized in empty:
+        if resized.numel():
+            _rebind(tensor, resized.size(), resized.stride())
+    return _returned(op, args, kwargs, sizes, lambda x: _new(x.size(), x.stride(), x.dtype))
+
+
+def _compute_into(result: Any, op: OpOverload, args: Any, kwargs: Any) -> None:
+    """The operator, now, into what was declared of it."""
+    global _num_done
+    if device.STATE.current.default:
+        _num_done = next(_done)
+    for own, value in zip(pytree.tree_leaves(result), pytree.tree_leaves(_compute(op, args, kwargs)), strict=True):
+        if isinstance(own, torch.Tensor) and own is not value:
+            memory.as_cpu(own).copy_(memory.as_cpu(value))
+            _note_write(own)
 
 
 def _compute(op: OpOverload, args: Any, kwargs: Any) -> Any:
@@ -168,12 +200,14 @@ def _map_tensors(tree: Any, function: Any) -> Any:
     return pytree.tree_map(replace, tree)
 
 
-def _without_data(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def _returned(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-    """Results as the schema says: an argument that was written, or a new tensor of the device."""
+def _returned(
+    op: OpOverload,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: Any,
+    make: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Any:
+    """Results as the schema says: an argument that was written, or a tensor that `make` makes, new on the device."""
     written = _written(op, args, kwargs)
     for tensor in pytree.tree_leaves(list(written.values())):
         if isinstance(tensor, torch.Tensor):
@@ -182,7 +216,7 @@ def _returned(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], res
     returned = []
     for info, value in zip(op._schema.returns, (result,) if single else result, strict=False):
         if info.alias_info is None:
-            returned.append(pytree.tree_map_only(torch.Tensor, _to_device, value))
+            returned.append(pytree.tree_map_only(torch.Tensor, make or _to_device, value))
         elif info.alias_info.is_write:
             returned.append(written[frozenset(info.alias_info.before_set)])
         else:
@@ -233,6 +267,8 @@ def _new(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
         raise RuntimeError(f"{dtype} on the device: it has none")
     extent = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if 0 not in size else 0
     flat = memory.new_bytes(extent * dtype.itemsize)
+    if graphs.current is not None:
+        graphs.current.allocated(flat)
     _last_write.pop(memory.storage_address(flat), None)
     tensor = torch._C._acc.create_empty_tensor((0,), dtype)
     return _set(tensor, flat.untyped_storage(), 0, size, stride)
@@ -311,6 +347,8 @@ def _resize(tensor: torch.Tensor, size: Any, *, memory_format: Any = None) -> to
 def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """Within the device, or to or from it: those wait unless they are asynchronous, which takes pinned memory."""
     hosts = [t for t in (target, source) if t.device.type == "cpu"]
+    if hosts:
+        RECORDER.refuse_in_capture("a copy from or to the host")
     _record("copy_", [target, source])
     stream = device.STATE.current
     if hosts and not non_blocking:
@@ -320,9 +358,15 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
         raise PinnedMemoryError("an asynchronous copy needs pinned host memory")
 
     def perform() -> None:
+        global _num_done
+        if graphs.current is None and not hosts and device.STATE.current.default:
+            _num_done = next(_done)
         _cpu(target).copy_(_cpu(source))
+        _note_write(target)
 
-    if stream.default and non_blocking and target.device.type == "cpu":
+    if graphs.current is not None:
+        graphs.current.add(perform)
+    elif stream.default and non_blocking and target.device.type == "cpu":
         content = memory.as_cpu(source).clone()  # what it is now; the host sees it when it has waited
         stream.submit(lambda: target.copy_(content))
     elif stream.default and non_blocking and source.device.type == "cpu":
