@@ -94,7 +94,13 @@ def infer(
     from hstu_cli.bench.replay import Replay
     from hstu_cli.bench.requests import RequestSource
     from hstu_cli.bench.setup import CacheOptions, build_cache, random_model_for, unknown_context_ids
-    from hstu_cli.commands.opening import open_checkpoint, open_dataset, open_run
+    from hstu_cli.commands.opening import (
+        check_page_size,
+        note_block_rows,
+        open_checkpoint,
+        open_dataset,
+        open_run,
+    )
     from hstu_cli.config import DEFAULT_PRESET, MODEL_PRESETS, resolve_model_config
     from hstu_cli.data.predictions import PredictionsWriter, check_writable
     from hstu_cli.kernels.append_pages import choose_append_impl
@@ -123,6 +129,8 @@ def infer(
     reporter, backend = opened.reporter, opened.backend
     chosen_embedding = choose_embedding(embedding, backend.type)
     choose_append_impl(append_impl, backend.type, opened.dtype, impl=impl)  # refused before data is read
+    if kv_cache:
+        check_page_size(opened, page_size)
     graph_choice = choose_graphs(cuda_graph, backend, opened.impl.name, cached=kv_cache)
     prepared = open_dataset(dataset, data_root, reporter)
     if checkpoint is not None:
@@ -163,6 +171,7 @@ def infer(
         "model": model.config.to_dict() | {"weights": "checkpoint" if checkpoint else "random"},
         "embedding": asdict(chosen_embedding),
     }
+    note_block_rows(opened, model.config)
     replay.warm_up()
     writer = PredictionsWriter(predictions_out) if predictions_out is not None else None
     with reporter.running(_tables) as record, writer or nullcontext(), reporter.progress() as progress:
@@ -198,6 +207,7 @@ def _warn_of_left_out(reporter: "Reporter", graphs: "CapturedBlock") -> None:
 def _tables(record: Mapping[str, Any]) -> "list[Table]":
     from rich.table import Table
 
+    from hstu_cli.commands.opening import strips_line
     from hstu_cli.report import format_value, key_value_table
 
     device, latency, metrics = record["device"], record["latency_ms"], record["metrics"]
@@ -208,6 +218,7 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
             "Weights": record["model"]["weights"],
             "Device": f"{device['name']} ({device['actual']}), {device['dtype']}",
             "Implementation": f"{device['impl']} ({device['impl_reason']})",
+            **strips_line(device),
             "Embedding": f"{record['embedding']['name']} ({record['embedding']['reason']})",
             "CUDA graphs": _graphs_line(record["cuda_graph"]),
             "Requests": f"{record['num_requests']:,} in {record['num_batches']:,} batches",
