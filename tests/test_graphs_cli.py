@@ -169,3 +169,19 @@ def test_bench_e2e_skips_graphs_that_do_not_fit_and_nothing_else(monkeypatch: py
     rows = record_of(*E2E, "--num-users", "1,2", "--num-iters", "1", "--impl", "blocked", "--device", "cpu")["rows"]
     assert [row.get("skipped") for row in rows] == [None] * 5 + ["ran out of memory"]
     assert [row["cuda_graph"]["eager_steps"] for row in rows if "cuda_graph" in row] == [0]
+
+
+@pytest.mark.usefixtures("graphs_on_a_cpu")
+@pytest.mark.parametrize("refused", [False, True], ids=["captured", "refused"])
+def test_bench_e2e_on_padded_shapes(monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:
+    """A device that captures by shape; one that refuses to costs no other row."""
+    pool = RecordedPool(fails_at={1} if refused else set(), error=RuntimeError("no such operator\nin a graph"))
+    monkeypatch.setattr(GraphBackend, "graph_pool", lambda self: pool)
+    monkeypatch.setattr(GraphBackend, "few_shapes", True)
+    rows = record_of(*E2E, "--num-users", "2", "--num-iters", "1", "--impl", "blocked", "--device", "cpu")["rows"]
+    if refused:
+        assert ["skipped" in row for row in rows] == [False, False, True]
+        assert "captures no graph of a step: no such operator; run without graphs." in rows[2]["skipped"]
+    else:
+        assert (rows[2]["cuda_graph"]["eager_steps"], len(rows[2]["cuda_graph"]["buckets"])) == (0, 2)
+        assert rows[2]["max_abs_logit_difference"] < 1e-4

@@ -13,11 +13,12 @@ from support.growing_users import CONFIG, NUM_USERS, Users, small_model
 
 from hstu_cli.backend import Backend
 from hstu_cli.kernels import plan_batch, plan_pages
-from hstu_cli.kernels.attention.groups import PADDED_STEP, GroupedBatch
+from hstu_cli.kernels.attention.groups import PADDED_STEP, GroupedBatch, PaddedSize
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
 from hstu_cli.kvcache.batch import PagedAttention
 from hstu_cli.kvcache.manager import kv_bytes_per_token
 from hstu_cli.model.buckets import Bucket
+from hstu_cli.model.captured import CaptureFailedError
 from hstu_cli.model.engine import InferenceEngine
 from hstu_cli.model.graphs import GraphRunner, choose_graphs
 from hstu_cli.model.ranking import RankingModel
@@ -110,6 +111,18 @@ def test_steps_of_any_size_score_as_without_graphs(
     assert engine.cache.device_storage.pages.isfinite().all()
 
 
+def attention_over(lengths: list[tuple[int, int]], page_size: int) -> PagedAttention:
+    """A planned batch of sequences with so many new and cached tokens."""
+    new, cached = zip(*lengths, strict=True)
+    pages_each = [-(-n // page_size) for n in cached]
+    plan = plan_batch(torch.tensor([0, *new]).cumsum(0), None, sum(new), "cpu")
+    page_plan = plan_pages(
+        torch.tensor([0, *pages_each]).cumsum(0), torch.arange(sum(pages_each)), torch.tensor(cached),
+        num_sequences=len(new), num_pages=max(1, sum(pages_each)), page_size=page_size, device="cpu",
+    )  # fmt: skip
+    return PagedAttention(CONFIG, None, [], plan, page_plan, torch.empty(0), torch.empty(0), "blocked")
+
+
 lengths = st.lists(st.tuples(st.integers(0, 1200), st.integers(0, 900)), min_size=1, max_size=12)
 
 
@@ -119,16 +132,9 @@ def test_a_batch_is_one_size_where_that_computes_at_most_so_much_more(
     lengths: list[tuple[int, int]], page_size: int
 ) -> None:
     """Scores are counted from the groups themselves, strip by strip; each sequence is in one group and fits there."""
-    new, cached = zip(*lengths, strict=True)
-    pages_each = [-(-n // page_size) for n in cached]
-    plan = plan_batch(torch.tensor([0, *new]).cumsum(0), None, sum(new), "cpu")
-    page_plan = plan_pages(
-        torch.tensor([0, *pages_each]).cumsum(0), torch.arange(sum(pages_each)), torch.tensor(cached),
-        num_sequences=len(new), num_pages=max(1, sum(pages_each)), page_size=page_size, device="cpu",
-    )  # fmt: skip
-    attention = PagedAttention(CONFIG, None, [], plan, page_plan, torch.empty(0), torch.empty(0), "blocked")
-    shape = StepShape.of(attention)
-    separate = GroupedBatch.of(plan, page_plan)
+    new = [n for n, _ in lengths]
+    attention = attention_over(lengths, page_size)
+    shape, separate = StepShape.of(attention), GroupedBatch.of(attention.plan, attention.page_plan)
     if not sum(new):
         assert shape is None
         return
@@ -147,7 +153,10 @@ def test_a_batch_is_one_size_where_that_computes_at_most_so_much_more(
             scores += len(group.num_new) * sum(rows)
         counted.append(scores)
     assert counted == [separate.num_scores, separate.as_one_size().num_scores]
-    assert (shape is None) == (counted[1] > MOST_WASTE * counted[0])
+    width, heads = CONFIG.hidden_dim, CONFIG.num_heads * CONFIG.head_dim
+    linear = 2 * sum(new) * width * 4 * heads + 2 * sum(new) * heads * width
+    apart, together = (linear + 2 * 2 * heads * scores for scores in counted)
+    assert (shape is None) == (together > MOST_WASTE * apart)
     if shape is not None:
         assert shape.num_sequences == sum(len(group.num_new) for group in separate.as_one_size().on_device())
 
@@ -252,12 +261,18 @@ def test_shapes_beyond_the_bounds_run_without(model: RankingModel) -> None:
     assert engine.graphs.eager_steps == 2
 
 
-def test_a_capture_that_fails_otherwise_goes_on(model: RankingModel) -> None:
+def test_a_capture_that_fails_otherwise_is_one_message(model: RankingModel) -> None:
     engine, backend = make_engine(model, captured_at=1)
     backend.pool.fails_at, backend.pool.error = {1}, RuntimeError("operation not permitted in a capture")
     engine.step(Users(np.random.default_rng(7)).requests({0: (2, 3)}))
-    with pytest.raises(RuntimeError, match="not permitted"):
+    with pytest.raises(CaptureFailedError, match=r"captures no graph of a step: operation not permitted in a capture;"):
         engine.graphs.capture_pending()
+
+
+def test_batches_of_like_users_are_one_size_and_others_are_not() -> None:
+    alike, unlike = [(40, 130)] * 7 + [(33, 250)], [(1200, 900)] + [(1, 0)] * 11
+    assert StepShape.of(attention_over(alike, 32)) == StepShape(313, 8, PaddedSize(64, 8))
+    assert StepShape.of(attention_over(unlike, 32)) is None
 
 
 def test_the_runner_suits_the_device(model: RankingModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from hstu_cli.errors import UsageError
 from hstu_cli.kernels.dispatch import exact_impl
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
 from hstu_cli.model.buckets import Bucket
+from hstu_cli.model.captured import CaptureFailedError
 from hstu_cli.model.cost import SequenceShape, activation_bytes, block_bytes, block_flops, block_parameters
 from hstu_cli.model.embedding import Lookup
 from hstu_cli.model.engine import InferenceEngine
@@ -37,6 +38,8 @@ from hstu_cli.timing import Case, latency_summary
 BASELINE, KVCACHE, GRAPH = VARIANTS = ("baseline", "kvcache", "kvcache+graph")
 
 NUM_ITEMS = 10_000
+
+NO_MEMORY = "ran out of memory"
 
 AROUND_LAYERS = 2
 """Embedding and head round about as much as so many layers of the block."""
@@ -261,8 +264,8 @@ def _prepared(
     impl: str,
     batches: Sequence[Sequence[UserRequest]],
     key: Key,
-) -> _Variant | None:
-    """A variant that is ready to be timed; None where memory does not suffice for its cache or its graphs."""
+) -> _Variant | str:
+    """A variant that is ready to be timed, or why there is none: its cache or its graphs cannot be made."""
     embedding, name = key
     try:
         with out_of_memory_named():
@@ -277,22 +280,27 @@ def _prepared(
             variant = _Variant(key, label, InferenceEngine(model, impl, cache, lookups[embedding], graphs))
             variant.rehearse(batches)
     except OutOfMemoryError:
-        return None
-    return None if graphs is not None and graphs.left_out else variant
+        return NO_MEMORY
+    except CaptureFailedError as error:
+        return str(error)
+    return NO_MEMORY if graphs is not None and graphs.left_out else variant
 
 
 def _results(
     session: BenchSession,
     workload: GrowingUsers,
-    make: Callable[[Key], _Variant | None],
+    make: Callable[[Key], _Variant | str],
     keys: Sequence[Key],
     config: ModelConfig,
     exact: InferenceEngine,
     batches: Sequence[Sequence[UserRequest]],
 ) -> dict[Key, dict[str, Any]]:
     """What became of each variant. Their caches and graphs are gone before the next workload asks for memory."""
-    results: dict[Key, dict[str, Any]] = {key: {"skipped": "ran out of memory"} for key in keys}
-    runs = [run for key in keys if (run := make(key)) is not None]
+    prepared = {key: make(key) for key in keys}
+    runs = [run for run in prepared.values() if isinstance(run, _Variant)]
+    results: dict[Key, dict[str, Any]] = {
+        key: {"skipped": NO_MEMORY if isinstance(run, _Variant) else run} for key, run in prepared.items()
+    }
     try:
         with out_of_memory_named():
             return results | (_measured(session, workload, runs, config, exact, batches) if runs else {})

@@ -61,7 +61,7 @@ def infer(
         bool | None,
         typer.Option(
             "--cuda-graph/--no-cuda-graph",
-            help="Capture cached steps as graphs before the first one; without either, where that is possible.",
+            help="Replay cached steps as graphs; without either, where that is possible, but not on NPUs.",
         ),
     ] = None,
     embedding: options.Embedding = "auto",

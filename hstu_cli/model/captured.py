@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from hstu_cli.backend import Graph, GraphPool, packed
-from hstu_cli.errors import UnavailableError
+from hstu_cli.errors import RunError, UnavailableError
 from hstu_cli.kvcache import KVCacheManager
 from hstu_cli.kvcache.batch import PagedAttention
 from hstu_cli.model.layer import Attention, HSTUBlock
@@ -17,6 +17,10 @@ from hstu_cli.model.layer import Attention, HSTUBlock
 # Shapes: n tokens of a batch, D hidden_dim.
 
 Size = TypeVar("Size", bound=Hashable)
+
+
+class CaptureFailedError(RunError):
+    """The device refused to capture a step."""
 
 
 class CapturedBlock(ABC, Generic[Size]):

@@ -14,7 +14,8 @@ from hstu_cli.kernels.buckets import bucket
 from hstu_cli.kvcache import KVCacheManager
 from hstu_cli.kvcache.batch import PagedAttention
 from hstu_cli.model.buckets import Bucket
-from hstu_cli.model.captured import CapturedBlock, packed_length, packed_places, upload_packed
+from hstu_cli.model.captured import CapturedBlock, CaptureFailedError, packed_length, packed_places, upload_packed
+from hstu_cli.model.cost import attention_flops, linear_flops
 from hstu_cli.model.graphs import GraphRunner
 from hstu_cli.model.layer import HSTUBlock
 
@@ -27,7 +28,7 @@ CAPTURED_AT = 2
 """A shape is captured when so many steps have had it: one that does not come again is not worth it."""
 
 MOST_WASTE = 2.0
-"""A batch runs as one size where that computes at most so many times the scores of its separate groups."""
+"""A batch runs as one size where a layer then computes at most so many times the FLOPs, padding included."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -44,12 +45,13 @@ class StepShape:
         batch = GroupedBatch.of(attention.plan, attention.page_plan)
         if not batch.members:
             return None
-        whole = batch.as_one_size()
-        if whole.num_scores > MOST_WASTE * batch.num_scores:
+        whole, num_tokens = batch.as_one_size(), attention.plan.num_tokens
+        linear = linear_flops(attention.config, num_tokens)
+        flops, least = (linear + attention_flops(attention.config, b.num_scores) for b in (whole, batch))
+        if flops > MOST_WASTE * least:
             return None
         ((size, members),) = whole.members.items()
-        num_sequences = sum(size.group_sizes(len(members), whole.page_size))
-        return cls(attention.plan.num_tokens, num_sequences, size)
+        return cls(num_tokens, sum(size.group_sizes(len(members), whole.page_size)), size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +110,21 @@ class ShapedGraphRunner(CapturedBlock[StepShape]):
 
     @torch.no_grad()
     def capture_pending(self) -> None:
-        """See `CapturedBlock`: shapes that came often enough; the engine calls this before a step."""
+        """See `CapturedBlock`: shapes that came often enough; the engine calls this before a step.
+
+        CaptureFailedError where the device refuses, for another reason than its memory.
+        """
         if not self._pending:
             return
         start = time.perf_counter()
         pending, self._pending = self._pending, []
-        self._capture_each(sorted(pending, reverse=True), lambda done, total: None)
+        try:
+            self._capture_each(sorted(pending, reverse=True), lambda done, total: None)
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise CaptureFailedError(
+                f"{self.cache.backend.device_name} captures no graph of a step: {reason}; run without graphs."
+            ) from error
         self.capture_ms += (time.perf_counter() - start) * 1e3
 
     def size_for(self, attention: PagedAttention) -> StepShape | None:

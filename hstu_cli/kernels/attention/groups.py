@@ -12,7 +12,7 @@ import torch
 
 from hstu_cli.backend import upload
 from hstu_cli.kernels.attention.plan import BatchPlan
-from hstu_cli.kernels.buckets import power_of_two
+from hstu_cli.kernels.buckets import padded, power_of_two
 from hstu_cli.kernels.paged_attention.plan import PagePlan
 
 # Shapes: G sequences padded to R new tokens and P pages of S tokens, m = P S, N = m + R keys; T rows of q.
@@ -156,21 +156,24 @@ class GroupedBatch:
         rows and out_rows [G * R], page_ids [G * P], num_cached, num_new and num_history [G], where G counts the
         sequences of all these groups.
         """
-        offsets, candidates = self.plan.on_host()
-        pages = self.page_plan.on_host() if self.page_plan is not None else None
+        offsets, candidates = (torch.tensor(x, dtype=torch.int64) for x in self.plan.on_host())
         members = self.members[size]
         total = sum(size.group_sizes(len(members), self.page_size))
-        rows = torch.full((total, size.num_new), -1)
-        ids = torch.zeros(total, size.num_pages, dtype=torch.int64)
-        lengths = torch.zeros(3, total, dtype=torch.int64)
-        for g, b in enumerate(members):
-            num_new = offsets[b + 1] - offsets[b]
-            rows[g, :num_new] = torch.arange(offsets[b], offsets[b + 1])
-            if pages is not None:
-                ids[g, : len(pages[0][b])] = torch.tensor(pages[0][b], dtype=torch.int64)
-            lengths[:, g] = torch.tensor([pages[1][b] if pages is not None else 0, num_new, num_new - candidates[b]])
-        flat = rows.flatten()
-        return [flat.clamp(min=0), torch.where(flat < 0, self.plan.num_tokens, flat), ids.flatten(), *lengths]
+        nothing = [[]] * self.plan.num_sequences, [0] * self.plan.num_sequences
+        tables, cached = self.page_plan.on_host() if self.page_plan is not None else nothing
+        of_members = [[*tables[b], *[0] * (size.num_pages - len(tables[b]))] for b in members]
+        ids = torch.tensor(of_members, dtype=torch.int64).view(len(members), size.num_pages)
+        num_cached = torch.tensor([cached[b] for b in members])
+        num_new = offsets.diff()[members]
+        place = torch.arange(size.num_new)
+        rows = torch.where(place < num_new[:, None], offsets[members, None] + place, -1)
+        flat = padded(rows, total, -1).flatten()
+        return [
+            flat.clamp(min=0),
+            torch.where(flat < 0, self.plan.num_tokens, flat),
+            padded(ids, total).flatten(),
+            *(padded(x, total) for x in (num_cached, num_new, num_new - candidates[members])),
+        ]
 
     def on_device(self) -> list[Group]:
         """The groups on the device of the plan: one copy, for which nobody waits."""
