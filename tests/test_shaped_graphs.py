@@ -13,6 +13,7 @@ from support.growing_users import CONFIG, NUM_USERS, Users, small_model
 
 from hstu_cli.backend import Backend
 from hstu_cli.kernels import plan_batch, plan_pages
+from hstu_cli.kernels.attention import bucketed, groups
 from hstu_cli.kernels.attention.groups import PADDED_STEP, GroupedBatch, PaddedSize
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
 from hstu_cli.kvcache.batch import PagedAttention
@@ -81,11 +82,26 @@ steps = st.lists(
 
 
 @settings(max_examples=30)
-@given(steps=steps, host_pages=st.sampled_from([0, 40]), captured_at=st.sampled_from([1, 2]))
+@given(steps=steps, host_pages=st.sampled_from([0, 40]), captured_at=st.sampled_from([1, 2]), in_pieces=st.booleans())
 def test_steps_of_any_size_score_as_without_graphs(
+    model: RankingModel, steps: list[dict[int, tuple[int, int]]], host_pages: int, captured_at: int, in_pieces: bool
+) -> None:
+    """Random users, new events and candidates; a pool that is too small for all, with and without a host tier.
+
+    in_pieces: sequences run in several groups, each in several strips.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if in_pieces:
+            patch.setattr(groups, "GROUP_SCORES", 1 << 13)
+            patch.setattr(bucketed, "WITHOUT_CHOICE", 0)
+            patch.setenv("HSTU_BLOCK_ROWS", "20")
+        check_steps(model, steps, host_pages, captured_at)
+
+
+def check_steps(
     model: RankingModel, steps: list[dict[int, tuple[int, int]]], host_pages: int, captured_at: int
 ) -> None:
-    """Random users, new events and candidates; a pool that is too small for all, with and without a host tier."""
+    """Scores are the uncached ones, and every step of a shape that came often enough before is a replay."""
     engine, backend = make_engine(model, host_pages=host_pages, num_pages=30, captured_at=captured_at)
     uncached = InferenceEngine(model, "blocked")
     users = Users(np.random.default_rng(0))
@@ -140,12 +156,12 @@ def test_a_batch_is_one_size_where_that_computes_at_most_so_much_more(
         return
     counted = []
     for batch in (separate, separate.as_one_size()):
-        groups, scores = batch.on_device(), 0
+        made, scores = batch.on_device(), 0
         found = sorted(
-            (int(n), int(c)) for group in groups for n, c in zip(group.num_new, group.num_cached, strict=True) if n
+            (int(n), int(c)) for group in made for n, c in zip(group.num_new, group.num_cached, strict=True) if n
         )
         assert found == sorted((n, c) for n, c in lengths if n)
-        for group in groups:
+        for group in made:
             assert int(group.num_new.max()) <= group.num_new_padded
             assert int(group.num_cached.max()) <= group.num_cached_padded
             starts = [*range(0, group.num_new_padded, PADDED_STEP), group.num_new_padded]
