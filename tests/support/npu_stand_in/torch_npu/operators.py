@@ -133,10 +133,10 @@ def _run(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def _put_off(work: Callable[[], None]) -> None:
+def _put_off(work: Callable[[], list[torch.Tensor]]) -> None:
     """Do this when the graph that is captured replays, or when somebody waits for the stream."""
     if graphs.current is not None:
-        graphs.current.add(work)
+        graphs.current.add(lambda: _replayed(work))
     else:
         device.STATE.current.submit(work)
 
@@ -158,15 +158,23 @@ def _declared(op: OpOverload, args: Any, kwargs: Any) -> Any:
     return _returned(op, args, kwargs, sizes, lambda x: _new(x.size(), x.stride(), x.dtype))
 
 
-def _compute_into(result: Any, op: OpOverload, args: Any, kwargs: Any) -> None:
-    """The operator, now, into what was declared of it."""
+def _replayed(work: Callable[[], list[torch.Tensor]]) -> None:
+    """Work of a graph as an operator of the stream on which it replays."""
     global _num_done
     if device.STATE.current.default:
         _num_done = next(_done)
-    for own, value in zip(pytree.tree_leaves(result), pytree.tree_leaves(_compute(op, args, kwargs)), strict=True):
-        if isinstance(own, torch.Tensor) and own is not value:
-            memory.as_cpu(own).copy_(memory.as_cpu(value))
-            _note_write(own)
+    for tensor in work():
+        _note_write(tensor)
+
+
+def _compute_into(result: Any, op: OpOverload, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The operator, now, into what was declared of it; which is returned."""
+    values = pytree.tree_leaves(_compute(op, args, kwargs))
+    own = [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+    for tensor, value in zip(own, [x for x in values if isinstance(x, torch.Tensor)], strict=True):
+        if tensor is not value:
+            memory.as_cpu(tensor).copy_(memory.as_cpu(value))
+    return own
 
 
 def _compute(op: OpOverload, args: Any, kwargs: Any) -> Any:
@@ -357,15 +365,12 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     elif hosts and memory.storage_address(hosts[0]) not in _pinned:
         raise PinnedMemoryError("an asynchronous copy needs pinned host memory")
 
-    def perform() -> None:
-        global _num_done
-        if graphs.current is None and not hosts and device.STATE.current.default:
-            _num_done = next(_done)
+    def perform() -> list[torch.Tensor]:
         _cpu(target).copy_(_cpu(source))
-        _note_write(target)
+        return [target]
 
     if graphs.current is not None:
-        graphs.current.add(perform)
+        _put_off(perform)
     elif stream.default and non_blocking and target.device.type == "cpu":
         content = memory.as_cpu(source).clone()  # what it is now; the host sees it when it has waited
         stream.submit(lambda: target.copy_(content))
