@@ -223,12 +223,11 @@ class ShapedGraphRunner(CapturedBlock[StepShape]):
 
     def _work(self, part: Sequence[tuple[int, torch.nn.Module]], x: torch.Tensor, attention: PagedAttention) -> None:
         """See `CapturedBlock`: masks are made where a graph begins, as lengths change, and kept nowhere beyond it."""
-        groups = planned_groups(attention.plan, attention.page_plan)
-        for group in groups:
-            group.masks.clear()
-        super()._work(part, x, attention)
-        for group in groups:
-            group.masks.clear()
+        try:
+            super()._work(part, x, attention)
+        finally:
+            for group in planned_groups(attention.plan, attention.page_plan):
+                group.masks.clear()
 
     def _buffers_of(self, size: StepShape) -> _StepBuffers:
         """The buffer of a shape, made when it is captured."""
