@@ -11,7 +11,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from torch_npu import device, graphs, memory
+from torch_npu import device, graphs, memory, pinned
 from torch_npu.recorder import RECORDER
 
 aten = torch.ops.aten
@@ -32,7 +32,6 @@ HOST_READS = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_cons
 INDEXED = {"index", "index_put", "_index_put_impl"}
 MASKS = (torch.bool, torch.uint8)
 
-_pinned: set[int] = set()  # addresses of storages in pinned host memory
 _last_write: dict[int, int] = {}  # by storage of the device: the last operator of the default stream that wrote to it
 _done = itertools.count(1)
 _num_done = 0
@@ -87,9 +86,9 @@ def register() -> None:
     torch.UntypedStorage.clone = memory.clone_storage
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch says that its own kernel is replaced
-        _HOST.impl("empty.memory_format", _host_empty, allow_override=True)
-    _HOST.impl("is_pinned", lambda tensor, device=None: memory.storage_address(tensor) in _pinned)
-    _HOST.impl("_pin_memory", _pin_memory)
+        _HOST.impl("empty.memory_format", pinned.host_empty, allow_override=True)
+    _HOST.impl("is_pinned", pinned.is_pinned)
+    _HOST.impl("_pin_memory", pinned.pin_memory)
 
 
 def listed_operators() -> list[str]:
@@ -305,11 +304,6 @@ def _to_device(value: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _contiguous_strides(size: Any) -> list[int]:
-    strides = list(itertools.accumulate(reversed([max(n, 1) for n in size[1:]]), lambda a, b: a * b, initial=1))
-    return strides[::-1][: len(size)]
-
-
 def _empty(
     size: Any,
     *,
@@ -320,13 +314,8 @@ def _empty(
     memory_format: Any = None,
 ) -> torch.Tensor:
     RECORDER.operator("empty.memory_format", [])
-    _contiguous_alone(memory_format)
-    return _new(size, _contiguous_strides(size), dtype or torch.get_default_dtype())
-
-
-def _contiguous_alone(memory_format: Any) -> None:
-    if memory_format not in (None, torch.contiguous_format, torch.preserve_format):
-        raise NotImplementedError(f"empty of {memory_format}")
+    pinned.contiguous_alone(memory_format)
+    return _new(size, pinned.contiguous_strides(size), dtype or torch.get_default_dtype())
 
 
 def _empty_strided(
@@ -348,7 +337,7 @@ def _resize(tensor: torch.Tensor, size: Any, *, memory_format: Any = None) -> to
     if list(tensor.shape) != list(size):
         if tensor.numel():
             raise NotImplementedError("the stand-in resizes no tensor that holds something")
-        _rebind(tensor, size, _contiguous_strides(size))
+        _rebind(tensor, size, pinned.contiguous_strides(size))
     return tensor
 
 
@@ -362,7 +351,7 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     if hosts and not non_blocking:
         RECORDER.sync("copy to the host" if target is hosts[0] else "copy from the host")
         stream.passed()
-    elif hosts and memory.storage_address(hosts[0]) not in _pinned:
+    elif hosts and not pinned.is_pinned(hosts[0]):
         raise PinnedMemoryError("an asynchronous copy needs pinned host memory")
 
     def perform() -> list[torch.Tensor]:
@@ -406,35 +395,3 @@ def _local_scalar_dense(tensor: torch.Tensor) -> Any:
     RECORDER.sync("item")
     device.STATE.current.passed()
     return memory.as_cpu(tensor).item()
-
-
-def _host_empty(
-    size: Any,
-    *,
-    dtype: Any = None,
-    layout: Any = None,
-    device: Any = None,
-    pin_memory: Any = None,
-    memory_format: Any = None,
-) -> torch.Tensor:
-    """Memory of the host, which counts as pinned where that is asked for: torch has no allocator for it here."""
-    _contiguous_alone(memory_format)
-    result = torch.empty_strided(size, _contiguous_strides(size), dtype=dtype or torch.get_default_dtype())
-    if pin_memory:
-        _keep_pinned(result)
-    return result
-
-
-def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
-    result = tensor.clone()
-    _keep_pinned(result)
-    return result
-
-
-_pinned_storages: list[Any] = []
-
-
-def _keep_pinned(tensor: torch.Tensor) -> None:
-    """Pinned memory is kept for the life of the process, so that its address names nothing else."""
-    _pinned.add(memory.storage_address(tensor))
-    _pinned_storages.append(tensor.untyped_storage())
