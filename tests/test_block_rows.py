@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.npu import record, run_on_stand_in, why_no_stand_in
 
+from hstu_cli.commands.opening import strips_line
 from hstu_cli.errors import UsageError
 from hstu_cli.kernels.attention.block_rows import CANDIDATES, VARIABLE
 from hstu_cli.kernels.attention.bucketed import block_rows_for
@@ -111,6 +112,14 @@ def test_the_next_process_reads_it_and_measures_what_is_new(processes: dict[str,
     assert rows_of(infer) == rows_of(e2e) == (256, "measured before on Ascend910B-stand-in")
     assert rows_of(layer) == (256, "measured now on Ascend910B-stand-in")
     assert happened == ["timed", "tuned", "timed"]
+
+
+@on_stand_in
+def test_tables_show_it(processes: dict[str, Any]) -> None:
+    device = json.loads(processes["first"][0][1])["device"]
+    assert strips_line(device) == {"Strips of attention": "256 rows (measured now on Ascend910B-stand-in)"}
+    del device["block_rows"]
+    assert strips_line(device) == {}
 
 
 @on_stand_in
