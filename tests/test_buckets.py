@@ -1,5 +1,7 @@
 """Padding to few shapes: results stay what they are, and the shapes are few."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from test_attention import oracle
 from hstu_cli.backend import Backend
 from hstu_cli.config import MODEL_PRESETS
 from hstu_cli.kernels import hstu_attention, hstu_paged_attention
-from hstu_cli.kernels.attention import bucketed
+from hstu_cli.kernels.attention import bucketed, groups
 from hstu_cli.kernels.attention.cases import ATTENTION_CASES, AttentionCase, make_inputs
 from hstu_cli.kernels.buckets import bucket, padded, power_of_two
 from hstu_cli.kernels.paged_attention.cases import PAGED_CASES, PagedCase, make_paged_inputs
@@ -86,9 +88,31 @@ def test_cached_rows_equal_those_of_the_whole_sequence(case: PagedCase, dtype: t
 
 
 @pytest.mark.usefixtures("few_shapes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("block_rows", [3, 32, 100, 128, 512, 600, 1024])
+def test_strips_of_any_size_are_as_exact(block_rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of less than a strip, of several, and of candidates alone."""
+    monkeypatch.setenv("HSTU_BLOCK_ROWS", str(block_rows))
+    monkeypatch.setattr(bucketed, "WITHOUT_CHOICE", 0)  # short sequences are cut, too
+    strips = Counter()
+    make = groups.Group.forbidden
+    monkeypatch.setattr(
+        groups.Group, "forbidden", lambda group, start, end: strips.update([end - start]) or make(group, start, end)
+    )
+    inputs = make_inputs(AttentionCase((0, 700, 1, 40, 150), (0, 30, 1, 40, 0), num_heads=1, head_dim=8), dtype)
+    out = hstu_attention(
+        inputs.q, inputs.k, inputs.v, inputs.seq_offsets, inputs.num_candidates,
+        alpha=inputs.alpha, scaling_seqlen=inputs.scaling_seqlen, impl="blocked",
+    )  # fmt: skip
+    expected, bound = oracle(inputs)
+    assert ((out.double() - expected).abs() <= bound).all()
+    assert max(strips) == min(block_rows, 1024)
+
+
+@pytest.mark.usefixtures("few_shapes")
 def test_a_neighbour_that_overflows_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding repeats rows of the batch; what is in them must not matter."""
-    monkeypatch.setattr(bucketed, "GROUP_SCORES", 1 << 30)
+    monkeypatch.setattr(groups, "GROUP_SCORES", 1 << 30)
     inputs = make_inputs(AttentionCase((5, 20), (1, 2)), torch.float32)
     arguments = {"alpha": inputs.alpha, "scaling_seqlen": inputs.scaling_seqlen, "impl": "blocked"}
     q, k, v = (x.clone() for x in (inputs.q, inputs.k, inputs.v))
@@ -165,8 +189,8 @@ def test_layers_share_what_was_planned() -> None:
     plan = batch.plan()
     with torch.no_grad():
         model(batch, JaggedAttention(TINY, plan, "blocked"))
-        groups = plan.derived["bucketed"][-1]
+        made = plan.derived[groups.SEEN][-1]
         model(batch, JaggedAttention(TINY, plan, "blocked"))
-    assert plan.derived["bucketed"][-1] is groups
-    assert plan.once("bucketed", list, object()) == []  # of other pages: made anew
-    assert sum(len(group.num_new) for group in groups) >= 3
+    assert plan.derived[groups.SEEN][-1] is made
+    assert plan.once(groups.SEEN, list, object()) == []  # of other pages: made anew
+    assert sum(len(group.num_new) for group in made) >= 3

@@ -65,15 +65,15 @@ def test_steps_of_any_size_score_as_without_graphs(
     uncached = InferenceEngine(model, "blocked")
     users = Users(np.random.default_rng(0))
     runs = []
-    bucket_for = engine.graphs.bucket_for
+    size_for = engine.graphs.size_for
 
     def recorded(attention):
-        bucket = bucket_for(attention)
+        bucket = size_for(attention)
         plan = attention.plan
         runs.append((plan.num_tokens, plan.num_sequences, bucket))
         return bucket
 
-    engine.graphs.bucket_for = recorded
+    engine.graphs.size_for = recorded
     for sizes in steps:
         requests = users.requests(sizes)
         found, expected = engine.step(requests), uncached.step(requests)

@@ -11,6 +11,7 @@ from support.graphs import GraphBackend, HostGraphRunner, RecordedPool
 from hstu_cli.config import MODEL_PRESETS
 from hstu_cli.data.synthetic import SyntheticOptions, prepare_synthetic
 from hstu_cli.kernels.append_pages import choose_append_impl
+from hstu_cli.model.engine import InferenceEngine
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,46 @@ def test_bench_e2e_skips_graphs_that_do_not_fit_and_nothing_else(monkeypatch: py
     pool = RecordedPool(fails_at={4})
     monkeypatch.setattr(GraphBackend, "graph_pool", lambda self: pool)
     monkeypatch.setattr("hstu_cli.model.graphs.CAPTURABLE", ("blocked",))
-    monkeypatch.setattr("hstu_cli.bench.e2e.GraphRunner", HostGraphRunner)
+    monkeypatch.setattr("hstu_cli.model.shaped_graphs.GraphRunner", HostGraphRunner)
     rows = record_of(*E2E, "--num-users", "1,2", "--num-iters", "1", "--impl", "blocked", "--device", "cpu")["rows"]
     assert [row.get("skipped") for row in rows] == [None] * 5 + ["ran out of memory"]
     assert [row["cuda_graph"]["eager_steps"] for row in rows if "cuda_graph" in row] == [0]
+
+
+@pytest.mark.usefixtures("graphs_on_a_cpu")
+@pytest.mark.parametrize("refused", [False, True], ids=["captured", "refused"])
+def test_bench_e2e_on_padded_shapes(monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:
+    """A device that captures by shape; one that refuses to costs no other row."""
+    pool = RecordedPool(fails_at={1} if refused else set(), error=RuntimeError("no such operator\nin a graph"))
+    monkeypatch.setattr(GraphBackend, "graph_pool", lambda self: pool)
+    monkeypatch.setattr(GraphBackend, "few_shapes", True)
+    rows = record_of(*E2E, "--num-users", "2", "--num-iters", "1", "--impl", "blocked", "--device", "cpu")["rows"]
+    if refused:
+        assert ["skipped" in row for row in rows] == [False, False, True]
+        assert "captures no graph of a step: no such operator; run without graphs." in rows[2]["skipped"]
+    else:
+        assert (rows[2]["cuda_graph"]["eager_steps"], len(rows[2]["cuda_graph"]["buckets"])) == (0, 2)
+        assert rows[2]["max_abs_logit_difference"] < 1e-4
+
+
+@pytest.mark.usefixtures("graphs_on_a_cpu")
+def test_infer_captures_padded_shapes_outside_the_time_that_it_takes(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GraphBackend, "few_shapes", True)
+    pending: list[int] = []  # when a step begins, whose time is taken
+    step = InferenceEngine.step
+
+    def watched(engine: InferenceEngine, requests: object, *, use_cache: bool = True) -> object:
+        pending.append(len(engine.graphs._pending))
+        return step(engine, requests, use_cache=use_cache)
+
+    monkeypatch.setattr(InferenceEngine, "step", watched)
+    record = record_of(*infer(root, "--impl", "blocked", "--cuda-graph", "--steps", 12, "--batch-size", 2))
+    graphs = record["cuda_graph"]
+    assert graphs["captured_graphs"] > 0 < graphs["replays"]
+    assert pending == [0] * (1 + 12)  # one to warm up
+    assert graphs["replays"] + graphs["eager_steps"] == 12
+    assert "steps without (as requested)" in " ".join(
+        invoke(*infer(root, "--impl", "blocked", "--cuda-graph", "--steps", 12, "--batch-size", 2)).stdout.split()
+    )

@@ -93,7 +93,7 @@ def test_a_replay_is_the_captured_work_bit_for_bit(dtype: torch.dtype, host_page
     replay, compared = runner.run, []
 
     def both(x: torch.Tensor, attention: object) -> torch.Tensor:
-        bucket = runner.bucket_for(attention)
+        bucket = runner.size_for(attention)
         if bucket is not None:
             runner._load(bucket, x, attention)
             hidden = runner._x[: bucket.num_tokens].clone()

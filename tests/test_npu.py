@@ -98,7 +98,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "quick start": {"args": QUICK_START},
     "1 layer": {"code": f"NUM_LAYERS = 1{ATTENTION}"},
     "8 layers": {"code": f"NUM_LAYERS = 8{ATTENTION}"},
-    "tests of the chip": {"code": CHIP},
+    "tests of the chip": {"code": CHIP, "graphs": True},
     "env": {"args": ["env", "--format", "json"]},
     "index": {"args": [*INFER, "--device", "npu:1"]},
     "triton": {"args": [*INFER, *NPU, "--impl", "triton"]},
@@ -221,7 +221,7 @@ def test_the_tests_of_the_chip_pass_on_the_stand_in(outcomes: dict[str, Any]) ->
     outcome = outcomes["tests of the chip"]
     assert outcome["error"] is None, outcome
     assert {name: found for name, found in outcome["result"].items() if found[0] != "passed"} == {}
-    assert len(outcome["result"]) == 6 + len(ATTENTION_CASES)
+    assert len(outcome["result"]) == 7 + len(ATTENTION_CASES)
 
 
 def test_masks_are_made_once_for_all_layers(outcomes: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ for case in ATTENTION_CASES:
 PAGED = """
 import torch
 from hstu_cli.kernels import paged_attention, plan_batch, plan_pages
-def with_pages(history, known, candidates, heads=2, dim=16, size=4):
+def with_pages(history, known, candidates, heads=2, dim=16, size=32):
     generator = torch.Generator().manual_seed(0)
     pages = torch.full((20, 2, size, heads, dim), 1e3)  # what nobody may read
     tables, new, free = [], [], 1
@@ -62,9 +62,9 @@ WITHOUT_HISTORY = (
     PAGED
     + """
 result = [
-    with_pages([6, 0, 8, 5], [4, 0, 8, 0], [1, 2, 3, 0]),
-    with_pages([0, 9], [0, 4], [4, 1]),
-    with_pages([9, 0], [4, 0], [0, 0]),
+    with_pages([38, 0, 64, 33], [32, 0, 64, 0], [1, 2, 3, 0]),
+    with_pages([0, 65], [0, 31], [4, 1]),
+    with_pages([40, 0], [32, 0], [0, 0], size=64),
 ]
 """
 )
@@ -93,13 +93,15 @@ def refused(function, *arguments):
 def one(tokens, heads, dim, candidates):
     q = torch.zeros(tokens, heads, dim, device="npu")
     return q, q, q, torch.tensor([0, tokens]), torch.tensor([candidates])
-pages = torch.zeros(2, 2, 4, 1, 16, device="npu")
+def pages(size):
+    return torch.zeros(2, 2, size, 1, 16, device="npu")
 table = torch.tensor([0, 1]), torch.tensor([1]), torch.tensor([3])
 result = [
     refused(hstu_attention, *one(4, 1, 24, 0)),
     refused(hstu_attention, *one(4, 17, 16, 0)),
     refused(hstu_attention, *one(600, 1, 16, 513)),
-    refused(hstu_paged_attention, *one(4, 1, 16, 1), pages, *table),
+    refused(hstu_paged_attention, *one(4, 1, 16, 1), pages(32), *table),
+    *(refused(hstu_paged_attention, *one(4, 1, 16, 1), pages(size), *table) for size in (16, 48, 96, 512)),
 ]
 """
 
@@ -119,6 +121,9 @@ LAYER = [
     "0,3",
 ]
 LAYER += ["--batch-size", "2", "--device", "npu", "--impl", "ascend", "--dtype", "fp32", "--format", "json"]
+
+E2E = ["bench-e2e", "--config", "tiny", "--device", "npu", "--impl", "ascend", "--format", "json"]
+E2E += ["--history-step", "8", "--num-batches", "2"]
 
 OTHER_ARGUMENTS = """
 import torch
@@ -149,6 +154,10 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         "uncached": {"args": [*INFER, "--no-kv-cache"]},
         "bench-layer": {"args": LAYER},
         "env": {"args": ["env", "--format", "json"]},
+        "pages of infer": {"args": [*INFER, "--page-size", "48"]},
+        "pages of bench-layer": {"args": [*LAYER, "--page-size", "48"]},
+        "pages of bench-e2e": {"args": [*E2E, "--page-size", "48"]},
+        "uncached, any page": {"args": [*INFER, "--no-kv-cache", "--page-size", "48"]},
     }
     found = run_on_stand_in(list(jobs.values()), tmp_path_factory.mktemp("ascend"))
     return dict(zip(jobs, found, strict=True))
@@ -170,6 +179,7 @@ def test_cached_scores_are_right(outcomes: dict[str, Any]) -> None:
     assert cache["verified"]["num_requests"] == found["num_requests"]
     assert max(cache["verified"][f"worst_{what}_error"] for what in ("cached", "uncached")) <= FP32_BUDGET
     assert record(outcomes["uncached"])["metrics"] == found["metrics"]
+    assert record(outcomes["uncached, any page"])["metrics"] == found["metrics"]
 
 
 def test_users_without_history_read_no_page(outcomes: dict[str, Any]) -> None:
@@ -194,11 +204,24 @@ def test_env_says_that_the_operators_are_there(outcomes: dict[str, Any]) -> None
 
 
 def test_what_the_operators_are_not_documented_for_is_refused(outcomes: dict[str, Any]) -> None:
-    heads, many, candidates, unstored = outcomes["refused"]["result"]
+    heads, many, candidates, unstored, *page_sizes = outcomes["refused"]["result"]
     assert "multiples of 16" in heads
     assert "not 17 x 16" in many
     assert "not 600 and 513" in candidates
     assert "reads new history from the pages" in unstored
+    assert page_sizes == [
+        f"impl='ascend' takes pages of 32, 64, 128 or 256 tokens, not {size}" for size in (16, 48, 96, 512)
+    ]
+
+
+@pytest.mark.parametrize("command", ["infer", "bench-layer", "bench-e2e"])
+def test_commands_refuse_pages_that_the_operator_cannot_read(outcomes: dict[str, Any], command: str) -> None:
+    outcome = outcomes[f"pages of {command}"]
+    assert outcome["exit_code"] == 2, outcome["stderr"]
+    assert "--page-size 48: impl='ascend' takes pages of 32, 64, 128 or 256 tokens" in " ".join(
+        outcome["stderr"].split()
+    )
+    assert outcome["stdout"] == ""
 
 
 def test_a_release_with_other_arguments_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -30,6 +30,14 @@ def test_cached_scores_are_right(dtype: str) -> None:
     assert found["kv_cache"]["bytes_onloaded"] > 0
 
 
+def test_replayed_scores_are_right() -> None:
+    if reason := NpuBackend().why_no_graphs():
+        pytest.skip(reason)
+    found = record_of(*INFER, "--device", "npu", "--cuda-graph", "--verify-cache", 1)
+    assert found["status"] == "valid"
+    assert found["cuda_graph"]["replays"] > 0
+
+
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.id)
 def test_attention_is_as_exact_as_rounding_allows(case: AttentionCase) -> None:
     inputs = make_inputs(case, torch.float16)

@@ -13,8 +13,8 @@ import torch
 
 from hstu_cli.backend import Backend
 from hstu_cli.errors import UnavailableError
-from hstu_cli.kernels.triton import tuning
-from hstu_cli.kernels.triton.tuning import LaunchConfig, Tuner, bucket, choose_config, pinned_configs
+from hstu_cli.kernels import tuning
+from hstu_cli.kernels.triton.tuning import LaunchConfig, TritonTuner, bucket, choose_config, pinned_configs
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -45,7 +45,7 @@ def choose(tmp_path: Path) -> Callable[..., LaunchConfig]:
 
     def ask(run: Sleeper, *, key: tuple = ("bf16", 64), folder: Path = tmp_path, **changes: object) -> LaunchConfig:
         about = {"kernel": "sleep", "configs": (SLOW, FAST, OTHER), "source": __file__, **changes}
-        tuner = Tuner(about.pop("backend", Backend()), folder, about.pop("versions", VERSIONS))
+        tuner = TritonTuner(about.pop("backend", Backend()), folder, about.pop("versions", VERSIONS))
         return tuner.choose(key=key, run=run, **about)
 
     return ask
@@ -69,7 +69,7 @@ def test_the_fastest_is_chosen_and_every_one_measured_in_turn(choose: Callable, 
 
 
 def test_one_tuner_measures_a_key_once(tmp_path: Path) -> None:
-    tuner, run = Tuner(Backend(), tmp_path, VERSIONS), Sleeper()
+    tuner, run = TritonTuner(Backend(), tmp_path, VERSIONS), Sleeper()
     for key in (("bf16", 64), ("bf16", 64), ("bf16", 128)):
         assert tuner.choose("sleep", key, (SLOW, FAST), run, __file__) == FAST
     assert len(run.launches) == 2 * 2 * (tuning.ROUNDS + 1)
@@ -193,7 +193,7 @@ class Capturing(Backend):
 
 def test_nothing_is_measured_while_a_graph_is_captured(choose: Callable, tmp_path: Path) -> None:
     backend, run = Capturing(), Sleeper()
-    tuner = Tuner(backend, tmp_path, VERSIONS)
+    tuner = TritonTuner(backend, tmp_path, VERSIONS)
     ask = ("sleep", ("bf16", 64), (SLOW, FAST), run, __file__)
     assert tuner.choose(*ask) == SLOW
     assert run.launches == []
@@ -201,7 +201,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(choose: Callable, tmp_pat
     assert tuner.choose(*ask) == FAST  # the guess was not kept
     backend.capturing = True
     assert tuner.choose(*ask) == FAST
-    assert Tuner(backend, tmp_path, VERSIONS).choose(*ask) == FAST  # from disk
+    assert TritonTuner(backend, tmp_path, VERSIONS).choose(*ask) == FAST  # from disk
 
 
 def test_pinned_configurations_are_taken_and_let_go(tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ class Backend:
     """Which command lists the devices, and what hides some, as a clause."""
     few_shapes = False
     """Whether operators are prepared for each shape anew, so that padding to few of them pays."""
+    why_graphs_only_on_request: str | None = None
+    """Why work is captured as graphs where that is asked for, and not by default, as a clause; None where it is."""
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device(self.type) if self.type == "cpu" else torch.device(self.type, index)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import os
 import re
 from typing import Any
 
@@ -48,6 +49,7 @@ class NpuBackend(StreamBackend):
     graph_class = "NPUGraph"
     how_to_list = "npu-smi info lists the NPUs of this machine, and ASCEND_RT_VISIBLE_DEVICES hides some of them"
     few_shapes = True
+    why_graphs_only_on_request = "no NPU has run captured graphs yet, so they are for those who ask with --cuda-graph"
 
     @classmethod
     def module(cls) -> Any:
@@ -89,6 +91,12 @@ class NpuBackend(StreamBackend):
         is_supported = getattr(self.module(), "is_bf16_supported", None)
         with_bf16 = is_supported() if is_supported is not None else not WITHOUT_BF16.match(self.device_name)
         return "bf16" if with_bf16 else "fp16"
+
+    def why_no_graphs(self) -> str | None:
+        """See `Backend`; and torch_npu captures nothing with the queue that moves workspaces, too."""
+        if os.environ.get("TASK_QUEUE_ENABLE") == "2":
+            return "torch_npu captures no graphs with TASK_QUEUE_ENABLE=2; set it to 1"
+        return super().why_no_graphs()
 
     def tune_process(self) -> None:
         """See `StreamBackend`: and operators come compiled, as they do by default on the newer chips alone.

@@ -24,18 +24,22 @@ from hstu_cli.errors import UsageError
 from hstu_cli.kernels.dispatch import exact_impl
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
 from hstu_cli.model.buckets import Bucket
+from hstu_cli.model.captured import CaptureFailedError
 from hstu_cli.model.cost import SequenceShape, activation_bytes, block_bytes, block_flops, block_parameters
 from hstu_cli.model.embedding import Lookup
 from hstu_cli.model.engine import InferenceEngine
-from hstu_cli.model.graphs import GraphRunner, why_not_captured
+from hstu_cli.model.graphs import why_not_captured
 from hstu_cli.model.lookups import make_lookup
 from hstu_cli.model.ranking import RankingModel, random_model
+from hstu_cli.model.shaped_graphs import graph_runner
 from hstu_cli.model.tokens import UserRequest
 from hstu_cli.timing import Case, latency_summary
 
 BASELINE, KVCACHE, GRAPH = VARIANTS = ("baseline", "kvcache", "kvcache+graph")
 
 NUM_ITEMS = 10_000
+
+NO_MEMORY = "ran out of memory"
 
 AROUND_LAYERS = 2
 """Embedding and head round about as much as so many layers of the block."""
@@ -142,6 +146,17 @@ class _Variant:
         if self.engine.cache is not None:
             self.engine.cache.clear()
 
+    def rehearse(self, batches: Sequence[Sequence[UserRequest]]) -> None:
+        """Run the workload once, so that graphs which are captured for what steps need are there before it is timed."""
+        graphs = self.engine.graphs
+        if graphs is None or not graphs.learns_sizes:
+            return
+        self.forget()
+        for requests in batches:
+            self.engine.step(requests)
+        graphs.capture_pending()
+        graphs.forget_counts()
+
 
 def benchmark_model(config: ModelConfig, seed: int) -> RankingModel:
     """Random weights, 10,000 items, one row for each contextual feature; float32 on the CPU."""
@@ -179,6 +194,7 @@ def run_e2e_benchmark(
         )
         reasons = {name: lacking or _why_not(session, name, impl) for name in variants}
         runnable = [name for name in variants if reasons[name] is None]
+        batches = workload.requests(config, seed)
         keys = itertools.product(lookups if runnable else (), dict.fromkeys((BASELINE, *runnable)))
         make = partial(
             _prepared,
@@ -188,8 +204,9 @@ def run_e2e_benchmark(
             lookups,
             KVCacheConfig(workload.pages(config, page_size), page_size, append_impl=append_impl),
             impl,
+            batches,
         )
-        results = _results(session, workload, make, list(keys), config, exact, seed)
+        results = _results(session, workload, make, list(keys), config, exact, batches)
         for embedding, name in itertools.product(lookups, variants):
             row = {
                 "batch_size": workload.num_users,
@@ -245,9 +262,10 @@ def _prepared(
     lookups: Mapping[str, Lookup],
     pool: KVCacheConfig,
     impl: str,
+    batches: Sequence[Sequence[UserRequest]],
     key: Key,
-) -> _Variant | None:
-    """A variant that is ready to be timed; None where memory does not suffice for its cache or its graphs."""
+) -> _Variant | str:
+    """A variant that is ready to be timed, or why there is none: its cache or its graphs cannot be made."""
     embedding, name = key
     try:
         with out_of_memory_named():
@@ -255,31 +273,37 @@ def _prepared(
             if name != BASELINE:
                 cache = KVCacheManager(pool, model.config, session.dtype, session.backend)
             if name == GRAPH:
-                graphs = GraphRunner(model.layers, cache, impl, workload.buckets(model.config))
+                buckets = workload.buckets(model.config)
+                graphs = graph_runner(model.layers, cache, impl, buckets, rehearsed_steps=len(batches))
                 graphs.capture()
+            label = name if len(lookups) == 1 else f"{embedding}, {name}"
+            variant = _Variant(key, label, InferenceEngine(model, impl, cache, lookups[embedding], graphs))
+            variant.rehearse(batches)
     except OutOfMemoryError:
-        return None
-    if graphs is not None and graphs.left_out:
-        return None
-    label = name if len(lookups) == 1 else f"{embedding}, {name}"
-    return _Variant(key, label, InferenceEngine(model, impl, cache, lookups[embedding], graphs))
+        return NO_MEMORY
+    except CaptureFailedError as error:
+        return str(error)
+    return NO_MEMORY if graphs is not None and graphs.left_out else variant
 
 
 def _results(
     session: BenchSession,
     workload: GrowingUsers,
-    make: Callable[[Key], _Variant | None],
+    make: Callable[[Key], _Variant | str],
     keys: Sequence[Key],
     config: ModelConfig,
     exact: InferenceEngine,
-    seed: int,
+    batches: Sequence[Sequence[UserRequest]],
 ) -> dict[Key, dict[str, Any]]:
     """What became of each variant. Their caches and graphs are gone before the next workload asks for memory."""
-    results: dict[Key, dict[str, Any]] = {key: {"skipped": "ran out of memory"} for key in keys}
-    runs = [run for key in keys if (run := make(key)) is not None]
+    prepared = {key: make(key) for key in keys}
+    runs = [run for run in prepared.values() if isinstance(run, _Variant)]
+    results: dict[Key, dict[str, Any]] = {
+        key: {"skipped": NO_MEMORY if isinstance(run, _Variant) else run} for key, run in prepared.items()
+    }
     try:
         with out_of_memory_named():
-            return results | (_measured(session, workload, runs, config, exact, seed) if runs else {})
+            return results | (_measured(session, workload, runs, config, exact, batches) if runs else {})
     except OutOfMemoryError:
         return results
 
@@ -290,10 +314,9 @@ def _measured(
     runs: Sequence[_Variant],
     config: ModelConfig,
     exact: InferenceEngine,
-    seed: int,
+    batches: Sequence[Sequence[UserRequest]],
 ) -> dict[Key, dict[str, Any]]:
     """Time the variants, then compare what they computed in the timed run, each with its embedding's baseline."""
-    batches = workload.requests(config, seed)
     cases = [
         Case(run.name, [partial(run.step, i, requests) for i, requests in enumerate(batches)], run.forget)
         for run in runs
@@ -353,4 +376,4 @@ def _rounding(base: _Variant, batches: Sequence[Sequence[UserRequest]], exact: I
 
 def _why_not(session: BenchSession, variant: str, impl: str) -> str | None:
     """Why a variant cannot run here, or None."""
-    return (session.backend.why_no_graphs() or why_not_captured(impl)) if variant == GRAPH else None
+    return (session.backend.why_no_graphs() or why_not_captured(impl, session.backend)) if variant == GRAPH else None

@@ -64,6 +64,8 @@ class Replay:
         """Replay all batches. on_batch is called after each with the requests so far and the shape of its logits."""
         for batch in self.batches:
             requests = [self.source.request(i) for i in batch]
+            if self.engine.graphs is not None:
+                self.engine.graphs.capture_pending()
             self.backend.synchronize()
             start = time.perf_counter()
             result = self.engine.step(requests)

@@ -13,7 +13,7 @@ from rich.table import Table
 from hstu_cli.bench.ceilings import measure_ceilings
 from hstu_cli.bench.session import MEMORY_SHARE, BenchSession
 from hstu_cli.charts import Panel, Timeline, write_plot
-from hstu_cli.commands.opening import Opened
+from hstu_cli.commands.opening import Opened, strips_line
 from hstu_cli.errors import InputError, RunError
 from hstu_cli.report import format_value, key_value_table, with_range
 
@@ -141,6 +141,7 @@ def overview(record: Mapping[str, Any]) -> Table:
         {
             "Device": f"{device['name']} ({device['actual']}), {device['dtype']}",
             "Implementation": f"{device['impl']} ({device['impl_reason']})",
+            **strips_line(device),
             **({"Appended by": f"{append['name']} ({append['reason']})"} if (append := record.get("append")) else {}),
             **({"Ceilings, measured": _rates(ceilings)} if ceilings else {}),
             **({"Time": _time(record)} if "elapsed_seconds" in record else {}),

@@ -64,7 +64,7 @@ def bench_e2e(
     from hstu_cli.bench.session import benchmark_config
     from hstu_cli.charts import check_plot
     from hstu_cli.commands import bench
-    from hstu_cli.commands.opening import open_run
+    from hstu_cli.commands.opening import check_page_size, note_block_rows, open_run
     from hstu_cli.kernels.append_pages import choose_append_impl
     from hstu_cli.model.lookups import choose_embedding
 
@@ -89,6 +89,7 @@ def bench_e2e(
     workloads = [GrowingUsers(count, history_step, num_batches, candidates) for count in users]
     workloads[0].check(model_config)
     tokens = page_size or (preset.page_size if preset else 32)
+    check_page_size(opened, tokens)
     append = choose_append_impl(
         append_impl, opened.backend.type, opened.dtype, head_dim=model_config.head_dim, impl=impl
     )
@@ -114,6 +115,7 @@ def bench_e2e(
     with bench.benchmark(
         opened, _tables, _panels, warmup=num_iters_warmup, iterations=iterations, plot=plot, profile=profile
     ) as run:
+        note_block_rows(opened, model_config)
         if opened.backend.type == "cpu":
             is_free = num_users is None and not full
             slower = 5 if opened.impl.name == "reference" else 1  # a dense composition

@@ -78,7 +78,7 @@ def bench_layer(
     from hstu_cli.bench.session import benchmark_config
     from hstu_cli.charts import check_plot
     from hstu_cli.commands import bench
-    from hstu_cli.commands.opening import open_run
+    from hstu_cli.commands.opening import check_page_size, note_block_rows, open_run
     from hstu_cli.kernels.append_pages import choose_append_impl
 
     grid = LayerGrid(histories, shares, counts, sizes, cache_tier == "host", compare == "eager")
@@ -99,6 +99,7 @@ def bench_layer(
     preset = opened.choice.preset
     model_config = benchmark_config(config, preset)
     tokens = page_size or (preset.page_size if preset else 32)
+    check_page_size(opened, tokens)
     append = choose_append_impl(
         append_impl, opened.backend.type, opened.dtype, head_dim=model_config.head_dim, impl=impl
     )
@@ -110,6 +111,7 @@ def bench_layer(
     with bench.benchmark(
         opened, _tables, _panels, warmup=num_iters_warmup, iterations=num_iters, plot=plot, profile=profile
     ) as run:
+        note_block_rows(opened, model_config)
         if opened.backend.type == "cpu":
             # A dense composition takes several times as long.
             slower = 5 if grid.compare_eager or opened.impl.name == "reference" else 1

@@ -15,6 +15,8 @@ from hstu_cli.errors import RunError, UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from hstu_cli.model.captured import CapturedBlock
+    from hstu_cli.report import Reporter
 
 EXAMPLE = "Example: hstu infer --config tiny --dataset pure --from 2022-04-25 --predictions-out scores.parquet"
 WORTHWHILE_RATIO = 1.5
@@ -59,7 +61,7 @@ def infer(
         bool | None,
         typer.Option(
             "--cuda-graph/--no-cuda-graph",
-            help="Capture cached steps as graphs before the first one; without either, where that is possible.",
+            help="Replay cached steps as graphs; without either, where that is possible, but not on NPUs.",
         ),
     ] = None,
     embedding: options.Embedding = "auto",
@@ -92,15 +94,22 @@ def infer(
     from hstu_cli.bench.replay import Replay
     from hstu_cli.bench.requests import RequestSource
     from hstu_cli.bench.setup import CacheOptions, build_cache, random_model_for, unknown_context_ids
-    from hstu_cli.commands.opening import open_checkpoint, open_dataset, open_run
+    from hstu_cli.commands.opening import (
+        check_page_size,
+        note_block_rows,
+        open_checkpoint,
+        open_dataset,
+        open_run,
+    )
     from hstu_cli.config import DEFAULT_PRESET, MODEL_PRESETS, resolve_model_config
     from hstu_cli.data.predictions import PredictionsWriter, check_writable
     from hstu_cli.kernels.append_pages import choose_append_impl
     from hstu_cli.model.buckets import default_buckets
     from hstu_cli.model.engine import InferenceEngine
-    from hstu_cli.model.graphs import GraphRunner, choose_graphs
+    from hstu_cli.model.graphs import choose_graphs
     from hstu_cli.model.lookups import choose_embedding, make_lookup
     from hstu_cli.model.recsys_examples import is_recsys_examples
+    from hstu_cli.model.shaped_graphs import graph_runner
 
     if predictions_out is not None:
         check_writable(predictions_out)
@@ -120,6 +129,8 @@ def infer(
     reporter, backend = opened.reporter, opened.backend
     chosen_embedding = choose_embedding(embedding, backend.type)
     choose_append_impl(append_impl, backend.type, opened.dtype, impl=impl)  # refused before data is read
+    if kv_cache:
+        check_page_size(opened, page_size)
     graph_choice = choose_graphs(cuda_graph, backend, opened.impl.name, cached=kv_cache)
     prepared = open_dataset(dataset, data_root, reporter)
     if checkpoint is not None:
@@ -144,7 +155,7 @@ def infer(
         cache = build_cache(source, model.config, model.dtype, backend, sizes)
     graphs = None
     if graph_choice.enabled:
-        graphs = GraphRunner(model.layers, cache, opened.impl.name, default_buckets(model.config, batch_size))
+        graphs = graph_runner(model.layers, cache, opened.impl.name, default_buckets(model.config, batch_size))
     replay = Replay(
         InferenceEngine(model, opened.impl.name, cache, make_lookup(chosen_embedding.name, model), graphs),
         source,
@@ -160,14 +171,15 @@ def infer(
         "model": model.config.to_dict() | {"weights": "checkpoint" if checkpoint else "random"},
         "embedding": asdict(chosen_embedding),
     }
+    note_block_rows(opened, model.config)
     replay.warm_up()
     writer = PredictionsWriter(predictions_out) if predictions_out is not None else None
     with reporter.running(_tables) as record, writer or nullcontext(), reporter.progress() as progress:
         if graphs is not None:
             progress.stage("capturing graphs")
             graphs.capture(lambda done, total: progress.count(done, total, "sizes of a batch"))
-            for bucket in graphs.left_out:
-                reporter.warn(f"Memory did not suffice for the graph of steps of {bucket.num_tokens:,} tokens.")
+            if not graphs.learns_sizes:
+                _warn_of_left_out(reporter, graphs)
         progress.stage("replaying")
 
         def on_batch(done: int, logits_shape: tuple[int, int]) -> None:
@@ -180,13 +192,22 @@ def infer(
         finally:
             record |= replay.summary()
             record["cuda_graph"]["reason"] = graph_choice.reason
+        if graphs is not None and graphs.learns_sizes:
+            _warn_of_left_out(reporter, graphs)
         if replay.failure is not None:
             raise RunError(replay.failure)
+
+
+def _warn_of_left_out(reporter: "Reporter", graphs: "CapturedBlock") -> None:
+    """Say for which steps memory did not suffice."""
+    for size in graphs.left_out:
+        reporter.warn(f"Memory did not suffice for the graph of steps of {size.num_tokens:,} tokens.")
 
 
 def _tables(record: Mapping[str, Any]) -> "list[Table]":
     from rich.table import Table
 
+    from hstu_cli.commands.opening import strips_line
     from hstu_cli.report import format_value, key_value_table
 
     device, latency, metrics = record["device"], record["latency_ms"], record["metrics"]
@@ -197,6 +218,7 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
             "Weights": record["model"]["weights"],
             "Device": f"{device['name']} ({device['actual']}), {device['dtype']}",
             "Implementation": f"{device['impl']} ({device['impl_reason']})",
+            **strips_line(device),
             "Embedding": f"{record['embedding']['name']} ({record['embedding']['reason']})",
             "CUDA graphs": _graphs_line(record["cuda_graph"]),
             "Requests": f"{record['num_requests']:,} in {record['num_batches']:,} batches",

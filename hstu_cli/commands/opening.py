@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hstu_cli.backend import BACKENDS, DTYPES, Backend, DeviceChoice, open_device, resolve_dtype
+from hstu_cli.config import ModelConfig
+from hstu_cli.errors import UsageError
 from hstu_cli.kernels.dispatch import ImplChoice, check_possible, choose_impl
 from hstu_cli.report import Reporter, environment, parse_metadata
 
@@ -76,6 +78,36 @@ def open_run(
         },
     }
     return Opened(reporter, choice, DTYPES[dtype_name], implementation)
+
+
+def check_page_size(opened: Opened, page_size: int) -> None:
+    """UsageError for pages that the implementation cannot read."""
+    if opened.impl.name != "ascend":
+        return
+    from hstu_cli.kernels.attention.ascend import why_not_page_size
+
+    if reason := why_not_page_size(page_size):
+        raise UsageError(f"--page-size {page_size}: {reason}.")
+
+
+def note_block_rows(opened: Opened, config: ModelConfig) -> None:
+    """Have the strips of blocked attention measured for this model's heads where that is done; the record says them.
+
+    Before anything is timed or captured. UsageError for an `HSTU_BLOCK_ROWS` that is none.
+    """
+    if opened.impl.name != "blocked" or not opened.backend.few_shapes:
+        return
+    from hstu_cli.kernels.attention.bucketed import block_rows_for
+
+    chosen = block_rows_for(opened.backend.device, opened.dtype, config.num_heads, config.head_dim)
+    opened.reporter.record["device"] |= {"block_rows": chosen.num_rows, "block_rows_reason": chosen.reason}
+
+
+def strips_line(device: Mapping[str, Any]) -> dict[str, str]:
+    """What `note_block_rows` found, as a line of a table; none where it had nothing to find."""
+    if "block_rows" not in device:
+        return {}
+    return {"Strips of attention": f"{device['block_rows']:,} rows ({device['block_rows_reason']})"}
 
 
 def open_checkpoint(path: Path, config: str | None) -> "LoadedCheckpoint":

@@ -12,8 +12,8 @@ from hstu_cli.kernels.buckets import bucket, padded
 from hstu_cli.kvcache import KVCacheManager
 from hstu_cli.kvcache.batch import CacheBatch
 from hstu_cli.kvcache.fingerprint import HistoryFingerprint
+from hstu_cli.model.captured import CapturedBlock
 from hstu_cli.model.embedding import Lookup
-from hstu_cli.model.graphs import GraphRunner
 from hstu_cli.model.identity import WeightsIdentity
 from hstu_cli.model.layer import JaggedAttention
 from hstu_cli.model.ranking import RankingModel
@@ -42,7 +42,8 @@ class InferenceEngine:
     More candidates than that are scored in chunks against the same history: the bound limits
     memory, never results. With a cache, the keys and values of histories are kept between steps;
     the scores are the same up to rounding. `lookup` finds the embeddings; None leaves it to the model.
-    `graphs` runs the block of cached steps that fit into its buckets.
+    `graphs` runs the block of cached steps of sizes that it captured; what it captures as it meets it, it does before
+    the next step, or when `capture_pending` of it is called, as who times steps does.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class InferenceEngine:
         impl: str = "auto",
         cache: KVCacheManager | None = None,
         lookup: Lookup | None = None,
-        graphs: GraphRunner | None = None,
+        graphs: CapturedBlock | None = None,
     ) -> None:
         self.model = model
         self.impl = impl
@@ -69,6 +70,8 @@ class InferenceEngine:
         """
         if self.cache is None or not use_cache:
             return self._score(requests, None)
+        if self.graphs is not None:
+            self.graphs.capture_pending()
         num_tokens = [request.num_history_tokens(self.model.config) for request in requests]
         groups = self.cache.split([request.user_id for request in requests], num_tokens)
         results = [self._step_group([requests[i] for i in members], cached) for members, cached in groups]

@@ -23,10 +23,15 @@ def why_no_stand_in() -> str | None:
     return None
 
 
-def run_on_stand_in(jobs: list[dict[str, Any]], home: Path) -> list[dict[str, Any]]:
-    """What `npu_stand_in/run.py` says of the jobs; data is prepared under `home`."""
-    environment = {**os.environ, "HSTU_HOME": str(home), "HOME": str(home), "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
+def run_on_stand_in(jobs: list[dict[str, Any]], home: Path, **variables: str | None) -> list[dict[str, Any]]:
+    """What `npu_stand_in/run.py` says of the jobs; data is prepared under `home`.
+
+    variables: of the environment, None for one that is not set. Strips have 512 rows unless these say otherwise: what
+    would be measured is the CPU.
+    """
+    wanted = {"HSTU_HOME": str(home), "HOME": str(home), "OMP_NUM_THREADS": "1", "HSTU_BLOCK_ROWS": "512"}
+    changed = {**os.environ, **wanted, "TRITON_INTERPRET": None, **variables}
+    environment = {name: value for name, value in changed.items() if value is not None}
     command = [sys.executable, str(STAND_IN / "run.py")]
     done = subprocess.run(
         command, input=json.dumps(jobs), capture_output=True, text=True, env=environment, cwd=home, check=False

@@ -38,6 +38,9 @@ CAUSAL, CUSTOM = 0, 3
 MOST_TOKENS, MOST_CANDIDATES, MOST_HEADS, MOST_HEAD_DIM = 20_480, 512, 16, 512
 """Documented limits; a head dim is a multiple of 16."""
 
+PAGE_SIZES = (32, 64, 128, 256)
+"""Tokens of a page that `hstu_paged` takes, by the checks in its source: it reads pages by blocks of 256 tokens."""
+
 
 def why_unavailable() -> str | None:
     """Why the operators cannot be used in this process, as a clause that says how to get them; None where they can."""
@@ -54,6 +57,14 @@ def why_unavailable() -> str | None:
         return f"torch.ops.mxrec has no {' and '.join(ARGUMENTS)}; {how}"
     other = [name for name in ARGUMENTS if _operator(name) is None]
     return f"this torch.ops.mxrec.{other[0]} has other arguments than are documented; {how}" if other else None
+
+
+def why_not_page_size(page_size: int) -> str | None:
+    """Why pages of so many tokens are none for the paged operator, as a clause; None where they are."""
+    if page_size in PAGE_SIZES:
+        return None
+    sizes = f"{', '.join(map(str, PAGE_SIZES[:-1]))} or {PAGE_SIZES[-1]}"
+    return f"impl='ascend' takes pages of {sizes} tokens, not {page_size}"
 
 
 def _registered() -> bool:
@@ -121,8 +132,11 @@ def paged_attention(
 ) -> torch.Tensor:
     """See `hstu_paged_attention`; the operator reads all history from pages, so the new one must be stored.
 
-    Raises ValueError where it is not (`PagePlan.history_stored`), and beyond the documented limits.
+    Raises ValueError where it is not (`PagePlan.history_stored`), for a page size not in `PAGE_SIZES`, and beyond the
+    documented limits.
     """
+    if reason := why_not_page_size(page_plan.page_size):
+        raise ValueError(reason)
     if not page_plan.history_stored:
         raise ValueError("impl='ascend' reads new history from the pages, and these were planned without it")
     tables = plan.once("ascend paged", lambda: _paged_tables(plan, page_plan, q), page_plan)

@@ -2,83 +2,24 @@
 sequence.
 
 The strips are those of `blocked.py`. But sequences run in groups of one padded size, their rows are gathered and
-scattered by index, and all of it is planned once for all layers. Padding is masked or written to a row that is cut off.
+scattered by index, and all of it is planned once for all layers (`groups.py`). Padding is masked or written to a row
+that is cut off.
 """
-
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
-from hstu_cli.backend import upload
-from hstu_cli.kernels.attention.blocked import BLOCK_ROWS, split_scale
-from hstu_cli.kernels.attention.plan import BatchPlan
-from hstu_cli.kernels.buckets import padded, power_of_two
+from hstu_cli.kernels.attention.block_rows import CANDIDATES, MEASURED_CANDIDATES, BlockRowsChoice, choose_block_rows
+from hstu_cli.kernels.attention.blocked import split_scale
+from hstu_cli.kernels.attention.groups import Group, planned_groups
+from hstu_cli.kernels.attention.plan import BatchPlan, plan_batch
 from hstu_cli.kernels.paged_attention.plan import PagePlan
 
 # Shapes: a group of G sequences padded to R new tokens and P pages of S tokens, m = P S, N = m + R keys; T rows of q,
 # H heads, d head_dim.
 
-LEAST_NEW = 32
-"""The fewest new tokens that a sequence is padded to: below, launching costs more than computing."""
-
-LEAST_CACHED = 128
-"""The fewest cached tokens that a sequence with any is padded to."""
-
-GROUP_SCORES = 1 << 22
-"""The most scores of one head and strip of a group, which bounds its intermediates."""
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Sequences of one padded size; the numbers are on the device.
-
-    rows: int64 [G * R], the rows of q, k and v, 0 for padding; out_rows: the same, T for padding.
-    page_ids: int64 [G * P], 0 for padding, or None where P is 0.
-    num_cached, num_new, num_history: int64 [G], each sequence's lengths; history is that among the new tokens.
-    masks: what layers share: that of padding, and those of strips by their first row, R (m + R / 2) bytes a sequence.
-    """
-
-    num_new_padded: int
-    num_pages: int
-    page_size: int
-    rows: torch.Tensor
-    out_rows: torch.Tensor
-    page_ids: torch.Tensor | None
-    num_cached: torch.Tensor
-    num_new: torch.Tensor
-    num_history: torch.Tensor
-    masks: dict[int | str, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def num_cached_padded(self) -> int:
-        """What the legend calls m."""
-        return self.num_pages * self.page_size
-
-    def not_keys(self) -> torch.Tensor:
-        """Which keys are padding, bool [G, N, 1]; made in the first layer."""
-        if "padding" not in self.masks:
-            place = torch.arange(self.num_cached_padded + self.num_new_padded, device=self.rows.device)
-            new = place - self.num_cached_padded
-            is_cached = place < self.num_cached[:, None]
-            is_new = (new >= 0) & (new < self.num_new[:, None])
-            self.masks["padding"] = ~(is_cached | is_new)[:, :, None]
-        return self.masks["padding"]
-
-    def forbidden(self, start: int, end: int) -> torch.Tensor:
-        """Which keys up to new token `end` the new tokens start to end must not see, bool [G, end - start, m + end].
-
-        Made in the first layer, as the padding's is.
-        """
-        if start not in self.masks:
-            m, device = self.num_cached_padded, self.rows.device
-            i = torch.arange(start, end, device=device)[:, None]
-            j = torch.arange(m + end, device=device) - m  # negative for a cached key, which all see
-            # History sees what comes before it, a candidate what is history; everyone sees itself.
-            self.masks[start] = (j >= torch.minimum(i, self.num_history[:, None, None])) & (j != i)
-        return self.masks[start]
+WITHOUT_CHOICE = min(config.num_rows for config in CANDIDATES)
+"""Sequences of up to so many new tokens are one strip, whatever is chosen."""
 
 
 def attention(
@@ -93,17 +34,51 @@ def attention(
     scaling_seqlen: int,
 ) -> torch.Tensor:
     """See `hstu_attention`, and `hstu_paged_attention` where there are pages; rows that no sequence has become zero."""
+    groups = planned_groups(plan, page_plan)
+    block_rows = WITHOUT_CHOICE
+    if any(group.num_new_padded > block_rows for group in groups):
+        block_rows = block_rows_for(q.device, q.dtype, *q.shape[1:]).num_rows
+    return _attend(q, k, v, groups, pages, alpha, scaling_seqlen, block_rows)
+
+
+def block_rows_for(device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int) -> BlockRowsChoice:
+    """How many query rows a strip has for heads like these; the first call on a machine measures, once."""
+
+    def run(x: torch.Tensor, num_rows: int) -> None:
+        num_tokens = len(x)
+        candidates = torch.tensor([min(MEASURED_CANDIDATES, num_tokens)])
+        if num_tokens not in plans:
+            plans[num_tokens] = plan_batch(torch.tensor([0, num_tokens]), candidates, num_tokens, device)
+        groups = planned_groups(plans[num_tokens], None)
+        _attend(x, x, x, groups, None, head_dim**-0.5, num_tokens, num_rows)
+
+    plans: dict[int, BatchPlan] = {}
+    with torch.no_grad():
+        return choose_block_rows(device, dtype, num_heads, head_dim, run, __file__)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: list[Group],
+    pages: torch.Tensor | None,
+    alpha: float,
+    scaling_seqlen: int,
+    block_rows: int,
+) -> torch.Tensor:
+    """Attention of these groups in strips of so many query rows, [T, H, d]."""
     num_rows, num_heads, head_dim = q.shape
     value_scale, output_scale = split_scale(scaling_seqlen, q.dtype)
     out = q.new_zeros(num_rows + 1, num_heads, head_dim)
-    for group in plan.once("bucketed", lambda: list(_groups(plan, page_plan)), page_plan):
+    for group in groups:
         queries = _gathered(q, group).mul_(alpha)  # [H, G, R, d]
         keys, values = _keys_and_values(k, v, group, pages)  # [H, G, N, d] each
         if value_scale != 1.0:
             values.mul_(value_scale)
         strips = []
-        for start in range(0, group.num_new_padded, BLOCK_ROWS):
-            end = min(start + BLOCK_ROWS, group.num_new_padded)
+        for start in range(0, group.num_new_padded, block_rows):
+            end = min(start + block_rows, group.num_new_padded)
             seen = slice(0, group.num_cached_padded + end)
             scores = queries[:, :, start:end] @ keys[:, :, seen].mT  # [H, G, end - start, m + end]
             scores.masked_fill_(group.forbidden(start, end), 0.0)
@@ -130,47 +105,3 @@ def _gathered(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Rows of x [T, H, d] that a group has, [H, G, R, d] contiguous; anything where they are padding."""
     rows = x.index_select(0, group.rows).view(-1, group.num_new_padded, *x.shape[1:])
     return rows.permute(2, 0, 1, 3).contiguous()
-
-
-def _groups(plan: BatchPlan, page_plan: PagePlan | None) -> Iterator[Group]:
-    """The sequences with new tokens, by padded size."""
-    offsets, candidates = plan.on_host()
-    tables, cached = page_plan.on_host() if page_plan is not None else ([[]] * len(candidates), [0] * len(candidates))
-    page_size = page_plan.page_size if page_plan is not None else 1
-    same_size: dict[tuple[int, int], list[int]] = {}
-    for b, (start, end) in enumerate(pairwise(offsets)):
-        if end > start:
-            size = (_padded_tokens(end - start, LEAST_NEW), _padded_pages(len(tables[b]), page_size))
-            same_size.setdefault(size, []).append(b)
-    for (num_new, num_pages), members in sorted(same_size.items()):
-        scores = min(num_new, BLOCK_ROWS) * (num_new + num_pages * page_size)
-        most = power_of_two(max(1, GROUP_SCORES // scores) + 1) // 2
-        for first in range(0, len(members), most):
-            part = members[first : first + most]
-            group_size = power_of_two(len(part))
-            rows = torch.full((group_size, num_new), -1)
-            ids = torch.zeros(group_size, num_pages, dtype=torch.int64)
-            for g, b in enumerate(part):
-                length = offsets[b + 1] - offsets[b]
-                rows[g, :length] = torch.arange(offsets[b], offsets[b + 1])
-                ids[g, : len(tables[b])] = torch.tensor(tables[b], dtype=torch.int64)
-            lengths = torch.tensor([(cached[b], n := offsets[b + 1] - offsets[b], n - candidates[b]) for b in part])
-            lengths = padded(lengths, group_size)
-            flat = rows.flatten()
-            on_device = upload(
-                [flat.clamp(min=0), torch.where(flat < 0, plan.num_tokens, flat), ids.flatten(), *lengths.unbind(1)],
-                plan.seq_offsets.device,
-            )
-            yield Group(
-                num_new, num_pages, page_size, *on_device[:2], on_device[2] if num_pages else None, *on_device[3:]
-            )
-
-
-def _padded_tokens(length: int, least: int) -> int:
-    """Powers of two up to a block, then whole blocks."""
-    return power_of_two(length, least) if length <= BLOCK_ROWS else -(-length // BLOCK_ROWS) * BLOCK_ROWS
-
-
-def _padded_pages(num_pages: int, page_size: int) -> int:
-    """Pages that hold a padded number of tokens; 0 for none."""
-    return -(-_padded_tokens(num_pages * page_size, LEAST_CACHED) // page_size) if num_pages else 0

@@ -71,6 +71,7 @@ def hstu_paged(
     assert mask.dtype == q.dtype
     assert len(page_ids)
     page_size = kv_cache.shape[2]
+    assert page_size in (32, 64, 128, 256), "its source divides a block of 256 tokens by it"
     starts, key_starts, target_starts = seq_offset.tolist(), seq_offset_k.tolist(), seq_offset_t.tolist()
     page_starts, last, targets = page_offsets.tolist(), last_page_len.tolist(), num_target.tolist()
     assert starts[-1] == len(q)

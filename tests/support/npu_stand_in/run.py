@@ -1,8 +1,9 @@
 """Runs jobs on the stand-in device, in a process of its own: a JSON list on stdin, one of results on stdout.
 
 A job is {"args": [...]}, a command line of hstu, or {"code": "..."}, Python whose variable `result` is wanted.
-"unpadded" turns padding to few shapes off; "watched" also asks torch itself which operators meet the device. Packages
-that an NPU must not need are blocked, and so is CUDA, in whatever torch this is.
+"unpadded" turns padding to few shapes off; "graphs" makes torch_npu one that has graphs; "watched" also asks torch
+itself which operators meet the device. Packages that an NPU must not need are blocked, and so is CUDA, in whatever
+torch this is.
 """
 
 import io
@@ -62,6 +63,7 @@ def run(job: dict[str, Any], recorder: Any) -> dict[str, Any]:
     ceilings.MATMUL_SIZE |= {"npu": 64, "cpu": 64}
     ceilings.COPY_BYTES |= {"npu": 1 << 12, "cpu": 1 << 12}
     NpuBackend.few_shapes = not job.get("unpadded", False)
+    sys.modules["torch"].npu.offer_graphs(job.get("graphs", False))
     recorder.take()
     with watching(job.get("watched", False)) as watched:
         outcome = run_code(job["code"]) if "code" in job else run_command(job["args"])

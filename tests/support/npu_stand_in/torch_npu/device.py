@@ -29,6 +29,11 @@ class Stream:
         self.performed = 0
 
     @property
+    def queued(self) -> bool:
+        """Whether work is left to do."""
+        return bool(self._queue)
+
+    @property
     def submitted(self) -> int:
         """Pieces of work put here so far."""
         return self.performed + len(self._queue)
@@ -61,6 +66,7 @@ class Stream:
 
     def wait_stream(self, other: "Stream") -> None:
         """Come behind what is queued in the other stream."""
+        RECORDER.refuse_in_capture("a stream that waits for another")
         other.finish()
         if other.default:
             self.seen = operators.num_done()
@@ -98,6 +104,7 @@ class Event:
 
     def wait(self, stream: Stream | None = None) -> None:
         """Make a stream, or the current one, come behind this."""
+        RECORDER.refuse_in_capture("a stream that waits for an event")
         if self._stream is None:
             raise RuntimeError("this event was never recorded")
         self._stream.perform_up_to(self._number)
@@ -112,6 +119,7 @@ class Event:
 
     def query(self) -> bool:
         """Whether it has passed."""
+        RECORDER.refuse_in_capture("a question to an event")
         return self._stream is None or self._stream.performed >= self._number
 
     def elapsed_time(self, end: "Event") -> float:
@@ -143,6 +151,20 @@ class NpuModule:
 
     Event = Event
     jit_compile = True
+
+    def offer_graphs(self, wanted: bool) -> None:
+        """Have graphs, as a newer torch_npu has, or lack them."""
+        from torch_npu import graphs
+
+        offered = {"NPUGraph": graphs.NPUGraph, "graph_pool_handle": graphs.graph_pool_handle}
+        offered["is_current_stream_capturing"] = self._is_capturing
+        for name, value in offered.items():
+            self.__dict__.pop(name, None)
+            if wanted:
+                setattr(self, name, value)
+
+    def _is_capturing(self) -> bool:
+        return RECORDER.capturing
 
     def set_compile_mode(self, *, jit_compile: bool) -> None:
         self.jit_compile = jit_compile
@@ -179,8 +201,11 @@ class NpuModule:
     def mem_get_info(self, index: Any = 0) -> tuple[int, int]:
         return memory.CAPACITY_BYTES - memory.used_bytes(), memory.CAPACITY_BYTES
 
+    def memory_reserved(self, index: Any = 0) -> int:
+        return memory.used_bytes()
+
     def empty_cache(self) -> None:
-        pass
+        RECORDER.refuse_in_capture("giving memory back")
 
     def reset_peak_memory_stats(self, index: Any = None) -> None:
         memory.reset_peak()

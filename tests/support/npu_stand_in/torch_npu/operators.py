@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from torch_npu import device, memory
+from torch_npu import device, graphs, memory, pinned
 from torch_npu.recorder import RECORDER
 
 aten = torch.ops.aten
@@ -31,7 +32,6 @@ HOST_READS = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_cons
 INDEXED = {"index", "index_put", "_index_put_impl"}
 MASKS = (torch.bool, torch.uint8)
 
-_pinned: set[int] = set()  # addresses of storages in pinned host memory
 _last_write: dict[int, int] = {}  # by storage of the device: the last operator of the default stream that wrote to it
 _done = itertools.count(1)
 _num_done = 0
@@ -86,9 +86,9 @@ def register() -> None:
     torch.UntypedStorage.clone = memory.clone_storage
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch says that its own kernel is replaced
-        _HOST.impl("empty.memory_format", _host_empty, allow_override=True)
-    _HOST.impl("is_pinned", lambda tensor, device=None: memory.storage_address(tensor) in _pinned)
-    _HOST.impl("_pin_memory", _pin_memory)
+        _HOST.impl("empty.memory_format", pinned.host_empty, allow_override=True)
+    _HOST.impl("is_pinned", pinned.is_pinned)
+    _HOST.impl("_pin_memory", pinned.pin_memory)
 
 
 def listed_operators() -> list[str]:
@@ -123,18 +123,57 @@ def _run(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(f"{op} multiplies {[str(t.dtype) for t in tensors]}: the device multiplies floats alone")
     _record(str(op).removeprefix("aten."), tensors)
     stream = device.STATE.current
-    if stream.default:
+    if graphs.current is None and stream.default:
         return _compute(op, args, kwargs)
-    _check_order(tensors)
-    # What it will return is known by sizes alone; its content comes when somebody waits for the stream.
-    sizes = op(*_map_tensors(args, _without_data), **_map_tensors(kwargs, _without_data))
-    written = _written(op, args, kwargs)
-    if written:
-        stream.submit(lambda: _compute(op, args, kwargs))
-        return next(iter(written.values()))
-    result = _new(sizes.size(), sizes.stride(), sizes.dtype)
-    stream.submit(lambda: memory.as_cpu(result).copy_(memory.as_cpu(_compute(op, args, kwargs))))
+    if graphs.current is None:
+        _check_order(tensors)
+    result = _declared(op, args, kwargs)
+    _put_off(partial(_compute_into, result, op, args, kwargs))
     return result
+
+
+def _put_off(work: Callable[[], list[torch.Tensor]]) -> None:
+    """Do this when the graph that is captured replays, or when somebody waits for the stream."""
+    if graphs.current is not None:
+        graphs.current.add(lambda: _replayed(work))
+    else:
+        device.STATE.current.submit(work)
+
+
+def _declared(op: OpOverload, args: Any, kwargs: Any) -> Any:
+    """What an operator will return, with nothing in it yet: it is known by sizes alone."""
+    empty: list[tuple[torch.Tensor, torch.Tensor]] = []  # an operator may resize these
+
+    def without_data(tensor: torch.Tensor) -> torch.Tensor:
+        shadow = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+        if not tensor.numel():
+            empty.append((tensor, shadow))
+        return shadow
+
+    sizes = op(*_map_tensors(args, without_data), **_map_tensors(kwargs, without_data))
+    for tensor, resized in empty:
+        if resized.numel():
+            _rebind(tensor, resized.size(), resized.stride())
+    return _returned(op, args, kwargs, sizes, lambda x: _new(x.size(), x.stride(), x.dtype))
+
+
+def _replayed(work: Callable[[], list[torch.Tensor]]) -> None:
+    """Work of a graph as an operator of the stream on which it replays."""
+    global _num_done
+    if device.STATE.current.default:
+        _num_done = next(_done)
+    for tensor in work():
+        _note_write(tensor)
+
+
+def _compute_into(result: Any, op: OpOverload, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The operator, now, into what was declared of it; which is returned."""
+    values = pytree.tree_leaves(_compute(op, args, kwargs))
+    own = [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+    for tensor, value in zip(own, [x for x in values if isinstance(x, torch.Tensor)], strict=True):
+        if tensor is not value:
+            memory.as_cpu(tensor).copy_(memory.as_cpu(value))
+    return own
 
 
 def _compute(op: OpOverload, args: Any, kwargs: Any) -> Any:
@@ -168,12 +207,14 @@ def _map_tensors(tree: Any, function: Any) -> Any:
     return pytree.tree_map(replace, tree)
 
 
-def _without_data(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def _returned(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-    """Results as the schema says: an argument that was written, or a new tensor of the device."""
+def _returned(
+    op: OpOverload,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: Any,
+    make: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Any:
+    """Results as the schema says: an argument that was written, or a tensor that `make` makes, new on the device."""
     written = _written(op, args, kwargs)
     for tensor in pytree.tree_leaves(list(written.values())):
         if isinstance(tensor, torch.Tensor):
@@ -182,7 +223,7 @@ def _returned(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], res
     returned = []
     for info, value in zip(op._schema.returns, (result,) if single else result, strict=False):
         if info.alias_info is None:
-            returned.append(pytree.tree_map_only(torch.Tensor, _to_device, value))
+            returned.append(pytree.tree_map_only(torch.Tensor, make or _to_device, value))
         elif info.alias_info.is_write:
             returned.append(written[frozenset(info.alias_info.before_set)])
         else:
@@ -233,6 +274,8 @@ def _new(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
         raise RuntimeError(f"{dtype} on the device: it has none")
     extent = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if 0 not in size else 0
     flat = memory.new_bytes(extent * dtype.itemsize)
+    if graphs.current is not None:
+        graphs.current.allocated(flat)
     _last_write.pop(memory.storage_address(flat), None)
     tensor = torch._C._acc.create_empty_tensor((0,), dtype)
     return _set(tensor, flat.untyped_storage(), 0, size, stride)
@@ -261,11 +304,6 @@ def _to_device(value: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _contiguous_strides(size: Any) -> list[int]:
-    strides = list(itertools.accumulate(reversed([max(n, 1) for n in size[1:]]), lambda a, b: a * b, initial=1))
-    return strides[::-1][: len(size)]
-
-
 def _empty(
     size: Any,
     *,
@@ -276,13 +314,8 @@ def _empty(
     memory_format: Any = None,
 ) -> torch.Tensor:
     RECORDER.operator("empty.memory_format", [])
-    _contiguous_alone(memory_format)
-    return _new(size, _contiguous_strides(size), dtype or torch.get_default_dtype())
-
-
-def _contiguous_alone(memory_format: Any) -> None:
-    if memory_format not in (None, torch.contiguous_format, torch.preserve_format):
-        raise NotImplementedError(f"empty of {memory_format}")
+    pinned.contiguous_alone(memory_format)
+    return _new(size, pinned.contiguous_strides(size), dtype or torch.get_default_dtype())
 
 
 def _empty_strided(
@@ -304,25 +337,30 @@ def _resize(tensor: torch.Tensor, size: Any, *, memory_format: Any = None) -> to
     if list(tensor.shape) != list(size):
         if tensor.numel():
             raise NotImplementedError("the stand-in resizes no tensor that holds something")
-        _rebind(tensor, size, _contiguous_strides(size))
+        _rebind(tensor, size, pinned.contiguous_strides(size))
     return tensor
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """Within the device, or to or from it: those wait unless they are asynchronous, which takes pinned memory."""
     hosts = [t for t in (target, source) if t.device.type == "cpu"]
+    if hosts:
+        RECORDER.refuse_in_capture("a copy from or to the host")
     _record("copy_", [target, source])
     stream = device.STATE.current
     if hosts and not non_blocking:
         RECORDER.sync("copy to the host" if target is hosts[0] else "copy from the host")
         stream.passed()
-    elif hosts and memory.storage_address(hosts[0]) not in _pinned:
+    elif hosts and not pinned.is_pinned(hosts[0]):
         raise PinnedMemoryError("an asynchronous copy needs pinned host memory")
 
-    def perform() -> None:
+    def perform() -> list[torch.Tensor]:
         _cpu(target).copy_(_cpu(source))
+        return [target]
 
-    if stream.default and non_blocking and target.device.type == "cpu":
+    if graphs.current is not None:
+        _put_off(perform)
+    elif stream.default and non_blocking and target.device.type == "cpu":
         content = memory.as_cpu(source).clone()  # what it is now; the host sees it when it has waited
         stream.submit(lambda: target.copy_(content))
     elif stream.default and non_blocking and source.device.type == "cpu":
@@ -357,35 +395,3 @@ def _local_scalar_dense(tensor: torch.Tensor) -> Any:
     RECORDER.sync("item")
     device.STATE.current.passed()
     return memory.as_cpu(tensor).item()
-
-
-def _host_empty(
-    size: Any,
-    *,
-    dtype: Any = None,
-    layout: Any = None,
-    device: Any = None,
-    pin_memory: Any = None,
-    memory_format: Any = None,
-) -> torch.Tensor:
-    """Memory of the host, which counts as pinned where that is asked for: torch has no allocator for it here."""
-    _contiguous_alone(memory_format)
-    result = torch.empty_strided(size, _contiguous_strides(size), dtype=dtype or torch.get_default_dtype())
-    if pin_memory:
-        _keep_pinned(result)
-    return result
-
-
-def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
-    result = tensor.clone()
-    _keep_pinned(result)
-    return result
-
-
-_pinned_storages: list[Any] = []
-
-
-def _keep_pinned(tensor: torch.Tensor) -> None:
-    """Pinned memory is kept for the life of the process, so that its address names nothing else."""
-    _pinned.add(memory.storage_address(tensor))
-    _pinned_storages.append(tensor.untyped_storage())

@@ -11,8 +11,14 @@ import torch
 HARNESS = str(Path(__file__).parent)
 
 
+class CaptureError(RuntimeError):
+    """Something that cannot be captured was done while a graph was."""
+
+
 class Recorder:
     """Counts since the last `take`."""
+
+    capturing = False
 
     def __init__(self) -> None:
         self.operators: Counter[str] = Counter()
@@ -25,8 +31,14 @@ class Recorder:
         self.shapes[name, " ".join(f"{tuple(t.shape)}{str(t.dtype).removeprefix('torch.')}" for t in tensors)] += 1
 
     def sync(self, what: str) -> None:
-        """The host waits for the device, at the line of the package that is running."""
+        """The host waits for the device, at the line of the package that is running; not while a graph is captured."""
+        self.refuse_in_capture(what)
         self.syncs[f"{what} at {_caller()}"] += 1
+
+    def refuse_in_capture(self, what: str) -> None:
+        """Say that this cannot be while a graph is captured."""
+        if self.capturing:
+            raise CaptureError(f"{what} while a graph is captured")
 
     def take(self) -> dict[str, Any]:
         """What was counted, as JSON knows it; counting begins anew."""
