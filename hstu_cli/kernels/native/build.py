@@ -122,16 +122,14 @@ def _recipe() -> _Recipe:
     torch_folder = Path(torch.__file__).parent
     capability = torch.backends.cpu.get_cpu_capability()
     compile_flags = (
-        "-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
+        "-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
         *_vector_flags(capability),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-DAT_PER_OPERATOR_HEADERS",
         f"-isystem{torch_folder}/include", f"-isystem{torch_folder}/include/torch/csrc/api/include",
         *os.environ.get(FLAGS_VARIABLE, "").split(),
     )  # fmt: skip
-    # No OpenMP library here: the one that torch has loaded must be it, or each had threads of its own.
+    # No OpenMP library here: the one that torch has loaded must be it (src/threads.h).
     link_flags = ("-shared", f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder}/lib")
-    if "clang" in version.stdout:
-        link_flags = (*link_flags, "-fopenmp")  # its calls are none that torch's library answers
     key = hashlib.sha256()
     for part in (
         torch.__version__, compiler, version.stdout, *compile_flags, *link_flags, _cpu_features(),

@@ -84,7 +84,7 @@ class BlockSums {
   // f(first row, end, sums [width] of zeros) for each block, on all threads.
   template <typename f_t>
   void run(const f_t& f) {
-    at::parallel_for(0, (rows_ + block_rows_ - 1) / block_rows_, 1, [&](int64_t begin, int64_t end) {
+    parallel_for((rows_ + block_rows_ - 1) / block_rows_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         f(block * block_rows_, std::min((block + 1) * block_rows_, rows_), sums_.data() + block * width_);
       }
@@ -134,7 +134,7 @@ struct Norm {
   void forward(
       const AnyRows<real_t>& x, const AnyRows<real_t>& u, const AnyRows<real_t>& out, real_t* mean,
       real_t* scale) const {
-    at::parallel_for(0, rows, std::max<int64_t>(1, ROW_GRAIN / width), [&](int64_t begin, int64_t end) {
+    parallel_for(rows, std::max<int64_t>(1, ROW_GRAIN / width), [&](int64_t begin, int64_t end) {
       std::vector<real_t> wide(2 * width);
       std::vector<uint16_t> numbers(Dropout::padded(width));
       real_t *row = wide.data(), *gate = row + width;
