@@ -35,7 +35,7 @@ void parallel_for(int64_t count, int64_t grain, const run_t& run) {
     const run_t& run;
     int64_t count, most_parts;
     std::atomic_flag failed = ATOMIC_FLAG_INIT;
-    std::exception_ptr error;
+    std::exception_ptr error = nullptr;
 
     void run_part() {
       const int64_t parts = std::min<int64_t>(omp_get_num_threads(), most_parts);

@@ -48,7 +48,6 @@ class AnyRows {
       if constexpr (std::is_same_v<wide_t<scalar_t>, real_t>) {
         narrow(source, width, x);
       } else {
-#pragma omp simd
         for (int64_t c = 0; c < width; ++c) x[c] = static_cast<scalar_t>(source[c]);
       }
     }, row);
@@ -271,7 +270,7 @@ void multiply_by_slope(const real_t* x, real_t* g, int64_t count) {
   using Vec = at::vec::Vectorized<real_t>;
   const Vec one(real_t(1)), minus_one(real_t(-1));
   for (int64_t c = 0; c < count; c += Vec::size()) {
-    const Vec v = Vec::loadu(x + c), gate = one / (one + (v * minus_one).exp());
+    const Vec v = Vec::loadu(x + c), gate = one / (one + exp_of(v * minus_one));
     (Vec::loadu(g + c) * (gate + v * gate * (one - gate))).store(g + c);
   }
 }
