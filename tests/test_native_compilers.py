@@ -34,7 +34,8 @@ for num_threads in (1, 3):
     run(inputs, "native")
     tasks[num_threads] = len(os.listdir("/proc/self/task"))
 with open("/proc/self/maps") as maps:
-    libraries = {line.split()[-1] for line in maps if "omp" in line.rsplit("/", 1)[-1] and ".so" in line}
+    files = {line.split()[-1] for line in maps if "/" in line}
+libraries = [file for file in files if os.path.basename(file).startswith(("libgomp", "libomp", "libiomp"))]
 print(json.dumps({"more_threads": tasks[3] - tasks[1], "openmp": sorted(libraries)}))
 """
 
