@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -205,6 +205,11 @@ def format_value(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:,.4g}"
+
+
+def with_range(median: float, limits: Sequence[float], shown: Callable[[float], str] = format_value) -> str:
+    """A median and, in brackets, the least and the largest value."""
+    return f"{shown(median)} ({shown(limits[0])}-{shown(limits[1])})"
 
 
 def _reason(error: BaseException) -> str:

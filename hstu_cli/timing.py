@@ -110,6 +110,10 @@ def latency_summary(samples_ms: Sequence[float] | np.ndarray) -> dict[str, Any]:
     }
 
 
+BUSY = "machine busy"
+"""How the warnings begin that make absolute times doubtful."""
+
+
 def noise_warnings(samples: Mapping[str, np.ndarray]) -> list[str]:
     """What readers must know about the samples [iterations, steps] of some cases: one line for each kind of noise."""
     totals = {name: values.sum(axis=-1) for name, values in samples.items()}
@@ -119,7 +123,7 @@ def noise_warnings(samples: Mapping[str, np.ndarray]) -> list[str]:
     short = [name for name, total in totals.items() if total.sum() < SHORT_RUN_MS]
     warnings = []
     if busy:
-        warnings.append(f"machine busy: the median is more than {BUSY_RATIO:g} times the minimum in {some(busy)}")
+        warnings.append(f"{BUSY}: the median is more than {BUSY_RATIO:g} times the minimum in {some(busy)}")
     if outliers:
         named = [f"{name} ({count})" for name, count in outliers.items()]
         warnings.append(f"outliers beyond {OUTLIER_RATIO:g} times the median in {some(named)}")
@@ -141,7 +145,7 @@ class CpuWatch:
             return []
         total, busy, own = (b - a for a, b in zip(self._start, end, strict=True))
         share = (busy - own) / total if total > 1 else 0.0  # shorter than a second tells nothing
-        return [f"machine busy: other processes used {share:.0%} of the CPUs"] if share > OTHERS_SHARE else []
+        return [f"{BUSY}: other processes used {share:.0%} of the CPUs"] if share > OTHERS_SHARE else []
 
 
 def _cpu_seconds() -> tuple[float, float, float] | None:

@@ -15,7 +15,7 @@ from hstu_cli.bench.session import MEMORY_SHARE, BenchSession
 from hstu_cli.charts import Panel, Timeline, write_plot
 from hstu_cli.commands.opening import Opened
 from hstu_cli.errors import InputError, RunError
-from hstu_cli.report import format_value, key_value_table
+from hstu_cli.report import format_value, key_value_table, with_range
 
 if TYPE_CHECKING:
     from hstu_cli.report import ProgressLine
@@ -182,8 +182,7 @@ def bar(speedup: float | None, limit: float | None) -> str:
 
 def spread(latency: Mapping[str, Any]) -> str:
     """The median and the range of samples in milliseconds."""
-    median, low, high = (format_value(latency[name]) for name in ("p50", "min", "max"))
-    return f"{median} ({low}-{high})"
+    return with_range(latency["p50"], (latency["min"], latency["max"]))
 
 
 def ratio(value: float | None) -> str:

@@ -64,7 +64,7 @@ def bench_fused(
     device: options.Device = "auto",
     require_device: options.RequireDevice = False,
     dtype: options.Dtype = "auto",
-    impl: Annotated[str, typer.Option(help="Implementation of the layer: auto, blocked or triton.")] = "auto",
+    impl: options.LayerImpl = "auto",
     seed: options.Seed = 0,
     format: options.Format = options.OutputFormat.rich,
     output_json: options.OutputJson = None,

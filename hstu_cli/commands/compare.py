@@ -49,39 +49,25 @@ def compare(
         output_json=output_json,
         metadata=parse_metadata(metadata or []),
     )
-    ours, theirs = comparison.cases(a, first), comparison.cases(b, second)
-    dropped = comparison.dropped_fields(ours, theirs)
-    names = [{comparison.without(key, dropped): key for key in cases} for cases in (ours, theirs)]
-    invalid = [path for path, record in ((first, a), (second, b)) if record.get("status") != "valid"]
-    warnings = [line for path, record in ((first, a), (second, b)) for line in _warnings(record, path)]
+    files = ((first, a), (second, b))
+    warnings = [line for path, record in files for line in _warnings(record, path)]
     for line in warnings:
         reporter.warn(line)
     reporter.record |= {"env": environment(), "device": None, "compared": a["command"], "warnings": warnings}
+    ours, theirs = comparison.cases(a, first), comparison.cases(b, second)
     with reporter.running(_tables) as record:
         record["differences"] = comparison.differences(a, b)
-        record["rows"] = [
-            comparison.compared(
-                comparison.case_name(name), ours[one], theirs[names[1][name]], {"impl", "embedding"}.isdisjoint(dropped)
-            )
-            for name, one in names[0].items()
-            if name in names[1]
-        ]
-        record["only_in_a"] = [comparison.case_name(key) for name, key in names[0].items() if name not in names[1]]
-        record["only_in_b"] = [comparison.case_name(key) for name, key in names[1].items() if name not in names[0]]
+        record |= comparison.paired(ours, theirs)
         if not record["rows"]:
             raise RunError("The two records have no measured case in common.")
         if fail_below is not None:
-            reasons = comparison.machine_doubts(a, b, fail_below)
+            doubts = comparison.machine_doubts(a, b, fail_below)
             for row in record["rows"]:
-                row |= comparison.verdict(row, fail_below, reasons)
-            doubtful = [row for row in record["rows"] if row["verdict"] == "in doubt"]
-            if doubtful and not strict:
-                more = f", and {len(doubtful) - 1} more" if len(doubtful) > 1 else ""
-                warnings.append(
-                    f"{len(doubtful)} of {len(record['rows'])} cases are below {fail_below:g} of A's speed, but may be "
-                    f"no slower: {doubtful[0]['case']} ({doubtful[0]['doubt']}){more}; --strict lets them fail"
-                )
-                reporter.warn(warnings[-1])
+                row |= comparison.verdict(row, fail_below, doubts)
+            if not strict and (in_doubt := _told_doubts(record["rows"], fail_below)):
+                warnings.append(in_doubt)
+                reporter.warn(in_doubt)
+            invalid = [path for path, record in files if record.get("status") != "valid"]
             _judge(record, fail_below, strict, invalid)
 
 
@@ -107,6 +93,18 @@ def _warnings(record: Mapping[str, Any], path: Path) -> list[str]:
         reasons = ", ".join(map(str, record.get("reasons") or ["no reason given"]))
         lines.insert(0, f"{path} is {record.get('status')}: {reasons}")
     return lines
+
+
+def _told_doubts(rows: Sequence[Mapping[str, Any]], fail_below: float) -> str | None:
+    """A warning of the cases that may be slower, or not; None where there are none."""
+    doubtful = [row for row in rows if row["verdict"] == "in doubt"]
+    if not doubtful:
+        return None
+    more = f", and {len(doubtful) - 1} more" if len(doubtful) > 1 else ""
+    return (
+        f"{len(doubtful)} of {len(rows)} cases are below {fail_below:g} of A's speed, but may be no slower: "
+        f"{doubtful[0]['case']} ({doubtful[0]['doubt']}){more}; --strict lets them fail"
+    )
 
 
 def _judge(record: Mapping[str, Any], fail_below: float, strict: bool, invalid: Sequence[Path]) -> None:
@@ -146,6 +144,8 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
 
 def _case_tables(record: Mapping[str, Any]) -> "list[Table]":
     """Times and speed-ups, a line for each case: what differs in their names are columns, the rest is a title."""
+    from hstu_cli.report import with_range
+
     only = [(case, which) for which in ("a", "b") for case in record[f"only_in_{which}"]]
     cases = [dict(_fields(case)) for case in (*(row["case"] for row in record["rows"]), *(case for case, _ in only))]
     found: dict[str, dict[str, None]] = {}  # values of each field, in order
@@ -170,8 +170,8 @@ def _case_tables(record: Mapping[str, Any]) -> "list[Table]":
         start = [case.get(name, "") for name in varying]
         times.add_row(
             *start,
-            _spread(row["a_ms"], row["a_range_ms"]),
-            _spread(row["b_ms"], row["b_range_ms"]),
+            with_range(row["a_ms"], row["a_range_ms"]),
+            with_range(row["b_ms"], row["b_range_ms"]),
             f"{row['speed_ratio']:.3f}",
             "overlap" if row["ranges_overlap"] else "apart",
             row.get("verdict", "-"),
@@ -207,11 +207,7 @@ def _fields(case: str) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
-def _spread(median: float, limits: Sequence[float]) -> str:
-    from hstu_cli.report import format_value
-
-    return f"{format_value(median)} ({format_value(limits[0])}-{format_value(limits[1])})"
-
-
 def _speedup(median: float | None, limits: Sequence[float] | None) -> str:
-    return "-" if median is None or limits is None else f"{median:.2f} ({limits[0]:.2f}-{limits[1]:.2f})"
+    from hstu_cli.report import with_range
+
+    return "-" if median is None or limits is None else with_range(median, limits, "{:.2f}".format)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu_cli.errors import InputError
-from hstu_cli.timing import SHORT_RUN_MS
+from hstu_cli.timing import BUSY, SHORT_RUN_MS
 
 SETTINGS = (
     "env",
@@ -51,9 +51,6 @@ ROW_KEYS = (
 MAY_DIFFER = ("impl", "cache_tier", "embedding")
 """Fields in which the cases of two records may differ, where each record has one value of them."""
 
-BUSY = "machine busy"
-"""How those warnings of a record begin that make its absolute times doubtful."""
-
 RATES = ("matmul_flops_per_s", "bytes_per_s")
 """Ceilings that none of our own code has a part in: how fast the machine was."""
 
@@ -79,16 +76,16 @@ class Measured:
 
 def cases(record: Mapping[str, Any], path: Path) -> dict[Key, Measured]:
     """Each measured case; `hstu infer` is one. InputError for a damaged record."""
-    cases: dict[Key, Measured] = {}
+    found: dict[Key, Measured] = {}
     try:
         for row in record.get("rows", [record]):
             latency = row.get("total_latency_ms") or row.get("latency_ms") or {}
             key = tuple((name, row[name]) for name in ROW_KEYS if "rows" in record and row.get(name) is not None)
             if latency.get("p50"):
-                cases[key or (("command", record["command"]),)] = _measured(row, latency)
+                found[key or (("command", record["command"]),)] = _measured(row, latency)
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: its rows are no rows of hstu ({error}).") from error
-    return cases
+    return found
 
 
 def _measured(row: Mapping[str, Any], latency: Mapping[str, Any]) -> Measured:
@@ -135,6 +132,18 @@ def without(key: Key, names: Iterable[str]) -> Key:
 def case_name(key: Key) -> str:
     """A case as readers see it: its fields and their values."""
     return ", ".join(value if name == "command" else f"{name} {value}" for name, value in key)
+
+
+def paired(ours: Mapping[Key, Measured], theirs: Mapping[Key, Measured]) -> dict[str, Any]:
+    """The cases of both as `rows`, and the names of those that only one has, as `only_in_a` and `only_in_b`."""
+    dropped = dropped_fields(ours, theirs)
+    a, b = ({without(key, dropped): measured for key, measured in cases.items()} for cases in (ours, theirs))
+    same_baseline = {"impl", "embedding"}.isdisjoint(dropped)
+    return {
+        "rows": [compared(case_name(key), a[key], b[key], same_baseline) for key in a if key in b],
+        "only_in_a": [case_name(key) for key in ours if without(key, dropped) not in b],
+        "only_in_b": [case_name(key) for key in theirs if without(key, dropped) not in a],
+    }
 
 
 def compared(case: str, a: Measured, b: Measured, same_baseline: bool) -> dict[str, Any]:

@@ -45,6 +45,7 @@ TrainingImpl = Annotated[
         help="Implementation of the operators and their gradients: auto, reference, blocked, native or triton."
     ),
 ]
+LayerImpl = Annotated[str, typer.Option(help="Implementation of the layer: auto, blocked, native or triton.")]
 AppendImpl = Annotated[
     str,
     typer.Option(

@@ -18,6 +18,7 @@ from hstu_cli.kernels import (
     linear_residual,
     linear_silu,
 )
+from hstu_cli.kernels.dispatch import wants_gradient
 
 # Shapes: T tokens (jagged over the batch), D hidden_dim, H heads, d head_dim.
 
@@ -71,7 +72,7 @@ class HSTULayer(nn.Module):
     def forward(self, x: torch.Tensor, attention: Attention, layer: int) -> torch.Tensor:
         """X [T, D] to x' [T, D]."""
         impl = attention.impl
-        if isinstance(attention, JaggedAttention) and self._wants_gradients(x):
+        if isinstance(attention, JaggedAttention) and wants_gradient(x, *self.weights):
             return self._fused(x, attention)
         norm, output_norm = self.input_norm, self.output_norm
         normed = layer_norm(x, norm.weight, norm.bias, eps=norm.eps, impl=impl)  # [T, D]
@@ -94,9 +95,6 @@ class HSTULayer(nn.Module):
             output_norm.bias,
             self.output.weight,
         )
-
-    def _wants_gradients(self, x: torch.Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in self.weights))
 
     def _fused(self, x: torch.Tensor, attention: JaggedAttention) -> torch.Tensor:
         """See `forward`; activations are in autocast's dtype where that is on, which `reference` follows by itself.

@@ -137,12 +137,6 @@ class MatrixTiles {
   // Where a row begins in its first tile.
   const float* row_of(const float* sums, int64_t i) const { return sums + i / 16 * width_ * 16 + i % 16 * 16; }
 
-  // 2 x 16 keys of a head as left operands: keys so many bytes and steps of channels so many elements apart.
-  struct Left {
-    const bf16 *first, *second;
-    int64_t row_bytes, step_elements;
-  };
-
   // 32 rows of a head from `row` on and the 32 keys of a step. Row i sees key p of it where shift + p <= i.
   struct Block {
     int64_t head = 0, row = 0, step = 0, shift = 0, parity = 0;
@@ -163,14 +157,14 @@ class MatrixTiles {
       const int64_t stride = here == STEP ? distance(keys) : 0;
       const bool even = stride && distance(keys + 16) == stride;
       for (int64_t head = 0; head < num_heads; ++head) {
-        Left& left = left_[head * key_steps_ + step];
+        Operands& left = left_[head * key_steps_ + step];
         if (even) {
           const int64_t offset = head * keys->key_head_stride;
-          left = {keys[0].key + offset, keys[16].key + offset, stride, STEP};
+          left = {keys[0].key + offset, keys[16].key + offset, STEP, stride};
         } else {
           bf16* copy = keys_ + (head * key_steps_ + step) * STEP * width_;
           copy_keys(keys, here, head, copy);
-          left = {copy, copy + 16 * width_, 64, TILE};
+          left = {copy, copy + 16 * width_};
         }
       }
     }
@@ -234,11 +228,10 @@ class MatrixTiles {
 
   template <typename steps_t>
   void multiply_of(steps_t steps, const Block& block, const Block& last) {
-    const Left& left = left_[block.head * key_steps_ + block.step];
+    const Operands& left = left_[block.head * key_steps_ + block.step];
     const bf16* queries = queries_ + (block.head * padded_rows_ + block.row) * width_;
     auto add = [&](const auto& beside) {
-      add_products(
-          steps, left.first, left.second, queries, queries + steps * TILE, beside, left.row_bytes, left.step_elements);
+      add_products<Reuse::right>(steps, left, {queries, queries + steps * TILE}, beside);
     };
     zero_sums();
     if (!last.exists) {
@@ -304,8 +297,8 @@ class MatrixTiles {
       } else {
         zero_sums();
       }
-      add_products(
-          key_steps, weights, weights + key_steps_ * TILE, values_ + tile * right, values_ + (tile + 1) * right,
+      add_products<Reuse::left>(
+          key_steps, {weights, weights + key_steps_ * TILE}, {values_ + tile * right, values_ + (tile + 1) * right},
           [&](int64_t) { ahead_.fetch(); });
       store_sums(sums + tile * SUM_TILE, below);
     }
@@ -318,7 +311,7 @@ class MatrixTiles {
   // [heads][rows / 16][key steps].
   bf16 *queries_, *keys_, *values_, *weights_;
   Ahead ahead_;
-  Left* left_;       // [heads][key steps]
+  Operands* left_;   // 2 x 16 keys, [heads][key steps]
   float* scores_;    // of two blocks, [2][2 x 2 tiles]
   uint32_t* pairs_;  // [2][16 pairs of keys][16 rows]
 };

@@ -197,7 +197,7 @@ class MatrixGradientTiles {
   static inline __attribute__((always_inline)) void products(
       steps_t steps, const bf16* left, const bf16* right, float* results, const beside_t& beside) {
     zero_sums();
-    add_products(steps, left, left + steps * TILE, right, right + steps * TILE, beside);
+    add_products(steps, {left, left + steps * TILE}, {right, right + steps * TILE}, beside);
     store_sums(results, 2 * SUM_TILE);
   }
 
@@ -270,7 +270,7 @@ class MatrixGradientTiles {
     } else {
       load_sums(sums, 2 * SUM_TILE);
     }
-    add_products(block.row_steps - block.from, left, left + below, right, right + below);
+    add_products(block.row_steps - block.from, {left, left + below}, {right, right + below});
     store_sums(sums, 2 * SUM_TILE);
   }
 
@@ -280,7 +280,7 @@ class MatrixGradientTiles {
     const bf16* left = keys_transposed_;
     for (int64_t step = 0; step < steps_; ++step, left += 2 * below, sums += 4 * SUM_TILE) {
       load_sums(sums, 2 * SUM_TILE);
-      add_products(key_steps, left, left + below, pairs, pairs + below);
+      add_products(key_steps, {left, left + below}, {pairs, pairs + below});
       store_sums(sums, 2 * SUM_TILE);
     }
   }

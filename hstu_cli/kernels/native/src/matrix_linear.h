@@ -11,10 +11,10 @@
 
 namespace hstu {
 
-// A weight [out, in] as right operands: [out / 32][in / 256][2][8 steps] tiles, in the order in which they are used.
-// The last of the depth's chunks may be shorter; zeros fill up both dimensions.
+// A weight [out, in] as right operands in the order in which they are used: [out / 32][in / 32][2] tiles. Zeros fill up
+// both dimensions.
 struct PackedWeight {
-  static constexpr int64_t COLUMNS = 32, DEPTH_STEPS = 8;
+  static constexpr int64_t COLUMNS = 32;
 
   int64_t out, in;
 
@@ -26,14 +26,11 @@ struct PackedWeight {
   void pack(const bf16* weight, bf16* packed) const {
     parallel_for(blocks(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t half = 2 * begin; half < 2 * end; ++half) {  // 16 columns
+        const int64_t columns = std::clamp<int64_t>(out - half * 16, 0, 16);
         for (int64_t step = 0; step < steps(); ++step) {
-          const int64_t chunk = step / DEPTH_STEPS, chunk_steps = std::min(DEPTH_STEPS, steps() - chunk * DEPTH_STEPS);
-          bf16* tile = packed + half / 2 * block_size() + 2 * chunk * DEPTH_STEPS * TILE +
-                       (half % 2 * chunk_steps + step % DEPTH_STEPS) * TILE;
-          const int64_t columns = std::clamp<int64_t>(out - half * 16, 0, 16), channel = step * STEP;
           load_transposed(
-              [&](int64_t i) { return weight + (half * 16 + i) * in + channel; }, columns,
-              std::min(STEP, in - channel), tile);
+              [&](int64_t i) { return weight + (half * 16 + i) * in + step * STEP; }, columns,
+              std::min(STEP, in - step * STEP), packed + half / 2 * block_size() + (2 * step + half % 2) * TILE);
         }
       }
     });
@@ -87,10 +84,40 @@ class LinearWorker {
   template <typename finish_t>
   void run(int64_t row_begin, int64_t block_begin, int64_t block_end, const finish_t& finish) {
     if (row_begin != loaded_) load(row_begin);
-    const int64_t count = std::min(group_rows_, rows_ - row_begin), steps = weight_.steps();
+    const int64_t count = std::min(group_rows_, rows_ - row_begin);
+    // Few rows need the weights as fast as these come, so close by, and in small portions, beside which rows have room.
+    if (count <= FEW_ROWS) {
+      multiply<Reuse::both, _MM_HINT_T0>(8, row_begin, count, block_begin, block_end, finish);
+    } else {
+      multiply<Reuse::right, _MM_HINT_T1>(16, row_begin, count, block_begin, block_end, finish);
+    }
+  }
+
+ private:
+  static constexpr int64_t FEW_ROWS = 64;
+
+  void carve(Carver& carver) {
+    carver.take(tiles_, group_rows_ * weight_.steps() * STEP);
+    carver.take(sums_, group_rows_ * PackedWeight::COLUMNS);
+  }
+
+  // The sums of up to 32 rows in 32 columns. What becomes of them is computed beside the next product, because vectors
+  // and matrices are different units.
+  struct Sums {
+    const float* tiles = nullptr;
+    int64_t row = 0, count = 0, column = 0;
+  };
+
+  // Multiplies blocks in portions of so many tiles, each with all rows.
+  template <Reuse reuse, _mm_hint hint, typename finish_t>
+  void multiply(
+      int64_t most_depth, int64_t row_begin, int64_t count, int64_t block_begin, int64_t block_end,
+      const finish_t& finish) {
+    const int64_t steps = weight_.steps();
+    Sums done;
     for (int64_t block = block_begin; block < block_end; ++block) {
-      for (int64_t step = 0; step < steps; step += PackedWeight::DEPTH_STEPS) {
-        const int64_t depth = std::min(PackedWeight::DEPTH_STEPS, steps - step);
+      for (int64_t step = 0; step < steps; step += most_depth) {
+        const int64_t depth = std::min(most_depth, steps - step);
         const bf16* right = packed_ + block * weight_.block_size() + 2 * step * TILE;
         // What is multiplied next comes from memory meanwhile, a few lines at a time.
         const bf16* next = right + 2 * depth * TILE;
@@ -104,39 +131,34 @@ class LinearWorker {
             load_sums(sums, 2 * SUM_TILE);
           }
           const bool last = step + depth == steps;
-          const int64_t rows_each = last ? (32 + 2 * depth - 1) / (2 * depth) : 0;
-          add_products(depth, left, left + depth * TILE, right, right + depth * TILE, [&](int64_t i) {
-            for (int64_t line = 0; line < lines; ++line) _mm_prefetch(next + line * STEP, _MM_HINT_T0);
+          const int64_t rows_each = (32 + 2 * depth - 1) / (2 * depth);
+          add_products<reuse>(depth, {left, left + TILE, 2 * TILE}, {right, right + TILE, 2 * TILE}, [&](int64_t i) {
+            for (int64_t line = 0; line < lines; ++line) _mm_prefetch(next + line * STEP, hint);
             next += lines * STEP;
-            for (int64_t j = i * rows_each; j < (i + 1) * rows_each; ++j) {
-              finish.fetch(std::min(row_begin + row + j, rows_ - 1), block * PackedWeight::COLUMNS);
+            const int64_t begin = i * rows_each, end = begin + rows_each;
+            if (last) {
+              for (int64_t j = begin; j < end; ++j) {
+                finish.fetch(std::min(row_begin + row + j, rows_ - 1), block * PackedWeight::COLUMNS);
+              }
             }
+            store(done, begin, end, finish);
           });
           store_sums(sums, 2 * SUM_TILE);
-          if (last) {
-            store(row_begin + row, std::min<int64_t>(32, count - row), block * PackedWeight::COLUMNS, sums, finish);
-          }
+          done = last ? Sums{sums, row_begin + row, std::min<int64_t>(32, count - row), block * PackedWeight::COLUMNS}
+                      : Sums{};
         }
       }
     }
+    store(done, 0, 32, finish);
   }
 
- private:
-  void carve(Carver& carver) {
-    carver.take(tiles_, group_rows_ * weight_.steps() * STEP);
-    carver.take(sums_, group_rows_ * PackedWeight::COLUMNS);
-  }
-
-  // Rows as left operands: [rows / 32][depth chunk][2][steps of the chunk].
+  // Rows as left operands: [rows / 32][steps][2].
   void load(int64_t row_begin) {
     const int64_t count = std::min(group_rows_, rows_ - row_begin), steps = weight_.steps();
     for (int64_t i = 0; i < round_up(count, 32); ++i) {
       const bf16* row = x_ + (row_begin + i) * x_stride_;
-      for (int64_t step = 0; step < steps; ++step) {
-        const int64_t chunk = step / PackedWeight::DEPTH_STEPS * PackedWeight::DEPTH_STEPS;
-        const int64_t depth = std::min(PackedWeight::DEPTH_STEPS, steps - chunk);
-        bf16* tile = tiles_ + i / 32 * 32 * steps * STEP + 2 * chunk * TILE +
-                     (i % 32 / 16 * depth + step - chunk) * TILE + i % 16 * STEP;
+      bf16* tile = tiles_ + i / 32 * 2 * steps * TILE + i % 32 * STEP;
+      for (int64_t step = 0; step < steps; ++step, tile += 2 * TILE) {
         _mm512_store_si512(
             tile, i < count ? load_channels(row, step * STEP, weight_.in) : _mm512_setzero_si512());
       }
@@ -144,17 +166,20 @@ class LinearWorker {
     loaded_ = row_begin;
   }
 
+  // Results of rows begin to end of some sums.
   template <typename finish_t>
-  void store(int64_t row, int64_t count, int64_t column, const float* sums, const finish_t& finish) {
-    const int64_t left = weight_.out - column;
+  inline __attribute__((always_inline)) void store(
+      const Sums& sums, int64_t begin, int64_t end, const finish_t& finish) {
+    const int64_t left = weight_.out - sums.column;
     const auto exist = static_cast<__mmask32>(left >= 32 ? 0xffffffff : (1u << left) - 1);
-    for (int64_t i = 0; i < count; ++i) {
-      const float* tile = sums + i / 16 * 2 * SUM_TILE + i % 16 * 16;
-      const __m512 low = finish(_mm512_load_ps(tile), row + i, column, static_cast<__mmask16>(exist));
+    for (int64_t i = begin; i < std::min(end, sums.count); ++i) {
+      const float* tile = sums.tiles + i / 16 * 2 * SUM_TILE + i % 16 * 16;
+      const int64_t row = sums.row + i, column = sums.column;
+      const __m512 low = finish(_mm512_load_ps(tile), row, column, static_cast<__mmask16>(exist));
       const __m512 high =
-          finish(_mm512_load_ps(tile + SUM_TILE), row + i, column + 16, static_cast<__mmask16>(exist >> 16));
+          finish(_mm512_load_ps(tile + SUM_TILE), row, column + 16, static_cast<__mmask16>(exist >> 16));
       const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-      bf16* y = y_ + (row + i) * weight_.out + column;
+      bf16* y = y_ + row * weight_.out + column;
       if (stream_) {
         _mm512_stream_si512(reinterpret_cast<__m512i*>(y), both);
       } else {

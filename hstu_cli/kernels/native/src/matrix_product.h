@@ -52,11 +52,9 @@ struct RightOperand {
     }
     parallel_for(shape.steps(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t step = begin; step < end; ++step) {
-        const int64_t chunk = step / PackedWeight::DEPTH_STEPS * PackedWeight::DEPTH_STEPS;
-        const int64_t depth = std::min(PackedWeight::DEPTH_STEPS, shape.steps() - chunk);
         for (int64_t block = 0; block < shape.blocks(); ++block) {
-          bf16* tile = packed + block * shape.block_size() + (2 * chunk + step - chunk) * TILE;
-          interleave_step(m, step, block * PackedWeight::COLUMNS, tile, tile + depth * TILE);
+          bf16* tile = packed + block * shape.block_size() + 2 * step * TILE;
+          interleave_step(m, step, block * PackedWeight::COLUMNS, tile, tile + TILE);
         }
       }
     });
@@ -89,7 +87,6 @@ class ProductWorker {
   // finish(row, column, low, high, exist): 32 sums of a row from a column on.
   template <typename finish_t>
   void run(int64_t row_begin, int64_t block_begin, int64_t block_end, const finish_t& finish) {
-    constexpr int64_t DEPTH = PackedWeight::DEPTH_STEPS;
     const int64_t steps = right_.shape.steps(), count = std::min(group_rows_, rows_ - row_begin);
     for (int64_t chunk = 0; chunk < steps; chunk += chunk_steps_) {
       const int64_t chunk_end = std::min(chunk + chunk_steps_, steps);
@@ -110,8 +107,8 @@ class ProductWorker {
             } else {
               load_sums(sums, 2 * SUM_TILE);
             }
-            add_products(depth, left, left + depth * TILE, right, right + depth * TILE, [&](int64_t) {
-              for (int64_t line = 0; line < lines; ++line) _mm_prefetch(next + line * STEP, _MM_HINT_T0);
+            add_products<Reuse::right>(depth, {left, left + TILE, 2 * TILE}, {right, right + TILE, 2 * TILE}, [&](int64_t) {
+              for (int64_t line = 0; line < lines; ++line) _mm_prefetch(next + line * STEP, _MM_HINT_T1);
               next += lines * STEP;
             });
             store_sums(sums, 2 * SUM_TILE);
@@ -125,13 +122,15 @@ class ProductWorker {
   }
 
  private:
+  static constexpr int64_t DEPTH = 16;  // tiles at a time of the right operand: with all rows, from the first-level cache
+
   void carve(Carver& carver) {
     const bool whole = chunk_steps_ >= right_.shape.steps();
     carver.take(tiles_, group_rows_ * std::min(chunk_steps_, right_.shape.steps()) * STEP);
     carver.take(sums_, group_rows_ * 32 * (whole ? 1 : part_blocks_));
   }
 
-  // Left operands: [rows / 32][eight steps at a time][2][of them].
+  // Left operands: [rows / 32][steps][2].
   void load(int64_t row_begin, int64_t count, int64_t chunk, int64_t chunk_end) {
     if (row_begin == loaded_row_ && chunk == loaded_chunk_) return;
     loaded_row_ = row_begin;
@@ -144,14 +143,14 @@ class ProductWorker {
           bf16* tile = tile_at(i, step, steps);
           interleave_step(left_, chunk + step, row_begin + i, even, odd);
           transpose_tile(even, tile);
-          transpose_tile(odd, tile + depth_of(step, steps) * TILE);
+          transpose_tile(odd, tile + TILE);
         }
       }
       return;
     }
     for (int64_t i = 0; i < round_up(count, 32); ++i) {
       for (int64_t step = 0; step < steps; ++step) {
-        bf16* tile = tile_at(i / 32 * 32, step, steps) + i % 32 / 16 * depth_of(step, steps) * TILE + i % 16 * STEP;
+        bf16* tile = tile_at(i / 32 * 32, step, steps) + i % 32 * STEP;
         const int64_t column = (chunk + step) * STEP;
         _mm512_store_si512(
             tile, i < count ? load_channels(left_.row(row_begin + i), column, left_.columns) : _mm512_setzero_si512());
@@ -159,15 +158,9 @@ class ProductWorker {
     }
   }
 
-  static int64_t depth_of(int64_t step, int64_t steps) {
-    const int64_t first = step / PackedWeight::DEPTH_STEPS * PackedWeight::DEPTH_STEPS;
-    return std::min(PackedWeight::DEPTH_STEPS, steps - first);
-  }
-
   // The first of a step's two tiles of 32 rows.
   bf16* tile_at(int64_t row, int64_t step, int64_t steps) const {
-    const int64_t first = step / PackedWeight::DEPTH_STEPS * PackedWeight::DEPTH_STEPS;
-    return tiles_ + row * steps * STEP + (2 * first + step - first) * TILE;
+    return tiles_ + row * steps * STEP + 2 * step * TILE;
   }
 
   template <typename finish_t>

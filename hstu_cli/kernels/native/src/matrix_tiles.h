@@ -49,6 +49,12 @@ struct TileSession {
 
 // Tile registers: 0 to 3 hold sums, 4 and 5 the left operand, 6 and 7 the right one.
 #define HSTU_LOAD_TILE(tile, data) _tile_loadd(tile, data, 64)
+#define HSTU_LOAD_OPERAND(is_used_once, tile, data, row_bytes) \
+  if constexpr (is_used_once) {                                \
+    _tile_stream_loadd(tile, data, row_bytes);                 \
+  } else {                                                     \
+    _tile_loadd(tile, data, row_bytes);                        \
+  }
 
 inline void zero_sums() {
   _tile_zero(0);
@@ -72,32 +78,42 @@ inline void store_sums(float* sums, int64_t below) {
   _tile_stored(3, sums + below + SUM_TILE, 64);
 }
 
-// sums += [a0; a1] [b0 b1] over so many tiles of each. beside(step) runs between: other units are free meanwhile. Left
-// operands need not be packed: their rows lie row_bytes apart, their steps step_elements.
-template <typename steps_t, typename beside_t>
+// Which operands of a product are soon needed again. The others are loaded past the first-level cache, as far as the
+// chip heeds that, so that they do not drive out what is.
+enum class Reuse { both, left, right };
+
+// Two operands of a product beside or below each other: where their first tiles lie, how many elements further each
+// next one, and how many bytes apart a tile's rows.
+struct Operands {
+  const bf16 *first, *second;
+  int64_t step = TILE, row_bytes = 64;
+};
+
+// sums += [a0; a1] [b0 b1] over so many tiles of each. beside(i) runs between, 2 steps times: other units are free
+// meanwhile.
+template <Reuse reuse = Reuse::both, typename steps_t, typename beside_t>
 inline __attribute__((always_inline)) void add_products(
-    steps_t steps, const bf16* a0, const bf16* a1, const bf16* b0, const bf16* b1, const beside_t& beside,
-    int64_t row_bytes = 64, int64_t step_elements = TILE) {
-  for (int64_t step = 0; step < steps; ++step) {
-    const int64_t left = step * step_elements, right = step * TILE;
-    _tile_loadd(4, a0 + left, row_bytes);
-    HSTU_LOAD_TILE(6, b0 + right);
+    steps_t steps, const Operands& a, const Operands& b, const beside_t& beside) {
+  for (int64_t i = 0; i < steps; ++i) {
+    HSTU_LOAD_OPERAND(reuse == Reuse::right, 4, a.first + i * a.step, a.row_bytes);
+    HSTU_LOAD_OPERAND(reuse == Reuse::left, 6, b.first + i * b.step, 64);
     _tile_dpbf16ps(0, 4, 6);
-    HSTU_LOAD_TILE(7, b1 + right);
-    beside(2 * step);
+    HSTU_LOAD_OPERAND(reuse == Reuse::left, 7, b.second + i * b.step, 64);
+    beside(2 * i);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a1 + left, row_bytes);
+    HSTU_LOAD_OPERAND(reuse == Reuse::right, 5, a.second + i * a.step, a.row_bytes);
     _tile_dpbf16ps(2, 5, 6);
-    beside(2 * step + 1);
+    beside(2 * i + 1);
     _tile_dpbf16ps(3, 5, 7);
   }
 }
 
-inline void add_products(int64_t steps, const bf16* a0, const bf16* a1, const bf16* b0, const bf16* b1) {
-  add_products(steps, a0, a1, b0, b1, [](int64_t) {});
+inline void add_products(int64_t steps, const Operands& a, const Operands& b) {
+  add_products(steps, a, b, [](int64_t) {});
 }
 
 #undef HSTU_LOAD_TILE
+#undef HSTU_LOAD_OPERAND
 
 // Whether this CPU multiplies bf16 tiles, oneDNN may use them too (its settings count here) and the system lets us.
 inline bool matrix_tiles_work() {
@@ -113,7 +129,7 @@ inline bool matrix_tiles_work() {
     std::fill_n(ones, 2 * TILE, bf16(1.0f));
     TileSession session;
     zero_sums();
-    add_products(1, ones, ones + TILE, ones, ones + TILE);
+    add_products(1, {ones, ones + TILE}, {ones, ones + TILE});
     store_sums(sums, 2 * SUM_TILE);
     return std::all_of(sums, sums + 4 * SUM_TILE, [](float sum) { return sum == STEP; });
   }();

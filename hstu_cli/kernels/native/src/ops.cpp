@@ -171,7 +171,7 @@ int64_t multiply_tiles(int64_t repeats) {
     for (int64_t i = 0; i < repeats * (end - begin); ++i) {
       const bf16* right = operands + 2 * STEPS * TILE;
       zero_sums();
-      add_products(STEPS, operands, operands + STEPS * TILE, right, right + STEPS * TILE);
+      add_products(STEPS, {operands, operands + STEPS * TILE}, {right, right + STEPS * TILE});
       store_sums(sums, 2 * SUM_TILE);
     }
   });
