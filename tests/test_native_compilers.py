@@ -86,3 +86,10 @@ def test_sources_compile_for_arm_without_a_warning(monkeypatch: pytest.MonkeyPat
     command = [CROSS_COMPILER, *flags, "-Wall", "-Wextra", "-Werror", "-fsyntax-only", *included, last]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_loops_on_threads_are_our_own() -> None:
+    """Without the compiler's OpenMP, torch's loop of headers alone would run on one thread and say nothing."""
+    sources = {path.name: path.read_text(encoding="utf-8") for path in build.SOURCES.iterdir()}
+    assert "GOMP_parallel" in sources.pop("threads.h")
+    assert [name for name, text in sources.items() if "at::parallel_" in text or "pragma omp parallel" in text] == []

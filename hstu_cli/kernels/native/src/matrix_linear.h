@@ -109,7 +109,7 @@ class LinearWorker {
   };
 
   // Multiplies blocks in portions of so many tiles, each with all rows.
-  template <Reuse reuse, _mm_hint hint, typename finish_t>
+  template <Reuse reuse, auto hint, typename finish_t>  // hint: one of _MM_HINT, an int to clang
   void multiply(
       int64_t most_depth, int64_t row_begin, int64_t count, int64_t block_begin, int64_t block_end,
       const finish_t& finish) {
