@@ -122,16 +122,14 @@ def _recipe() -> _Recipe:
     torch_folder = Path(torch.__file__).parent
     capability = torch.backends.cpu.get_cpu_capability()
     compile_flags = (
-        "-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
+        "-std=c++20", "-O3", _cpu_flag(), "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
         *_vector_flags(capability),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-DAT_PER_OPERATOR_HEADERS",
         f"-isystem{torch_folder}/include", f"-isystem{torch_folder}/include/torch/csrc/api/include",
         *os.environ.get(FLAGS_VARIABLE, "").split(),
     )  # fmt: skip
-    # No OpenMP library here: the one that torch has loaded must be it, or each had threads of its own.
+    # No OpenMP library here: the one that torch has loaded must be it (src/threads.h).
     link_flags = ("-shared", f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder}/lib")
-    if "clang" in version.stdout:
-        link_flags = (*link_flags, "-fopenmp")  # its calls are none that torch's library answers
     key = hashlib.sha256()
     for part in (
         torch.__version__, compiler, version.stdout, *compile_flags, *link_flags, _cpu_features(),
@@ -151,8 +149,16 @@ def _compiler() -> str:
     return found
 
 
+def _cpu_flag() -> str:
+    """Code for this very CPU, as both g++ and clang spell it: on Arm clang knows no `-march=native`."""
+    return "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
+
+
 def _vector_flags(capability: str) -> tuple[str, ...]:
-    """What torch's vector headers need to be told; all else compiles for the plainest vectors."""
+    """What torch's vector headers need to be told; all else, Arm too (NEON), is plain to them.
+
+    capability: of torch.backends.cpu. Arm's SVE256 and SVE128 count as plain: their vectors have no fixed size here.
+    """
     if capability == "AVX512":
         # Compilers prefer shorter vectors on most CPUs that have these; the kernels do not.
         return ("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-mprefer-vector-width=512")
@@ -162,7 +168,7 @@ def _vector_flags(capability: str) -> tuple[str, ...]:
 
 
 def _cpu_features() -> str:
-    """What `-march=native` depends on: the processor and its instruction sets."""
+    """What code for this very CPU depends on: the processor and its instruction sets."""
     wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part", "isa")
     first: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():

@@ -1,8 +1,6 @@
 // HSTU attention of a batch: runs each task on the tiles of one thread, adds up the tasks that share rows.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -11,6 +9,7 @@
 #include "packed_keys.h"
 #include "plan.h"
 #include "scratch.h"
+#include "threads.h"
 #include "vector_attention.h"
 #include "vectors.h"
 
@@ -175,7 +174,7 @@ class Worker {
 template <typename tiles_t, typename make_t, typename run_t>
 void on_threads(int64_t count, int64_t num_threads, const make_t& make, const run_t& run) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(count, num_threads), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(std::min(count, num_threads), 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) {
       auto worker = make();
       [[maybe_unused]] const typename tiles_t::session_type session;

@@ -5,9 +5,9 @@
 
 #ifdef HSTU_MATRIX_TILES
 
-#include <ATen/Parallel.h>
-
 #include <atomic>
+
+#include "threads.h"
 
 namespace hstu {
 
@@ -24,7 +24,7 @@ struct PackedWeight {
   int64_t size() const { return blocks() * block_size(); }
 
   void pack(const bf16* weight, bf16* packed) const {
-    at::parallel_for(0, blocks(), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(blocks(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t half = 2 * begin; half < 2 * end; ++half) {  // 16 columns
         const int64_t columns = std::clamp<int64_t>(out - half * 16, 0, 16);
         for (int64_t step = 0; step < steps(); ++step) {
@@ -115,7 +115,7 @@ class LinearWorker {
   };
 
   // Multiplies blocks in portions of so many tiles, each with all rows.
-  template <Reuse reuse, _mm_hint hint, typename finish_t>
+  template <Reuse reuse, auto hint, typename finish_t>  // hint: one of _MM_HINT, an int to clang
   void multiply(
       int64_t most_depth, int64_t row_begin, int64_t count, int64_t block_begin, int64_t block_end,
       const finish_t& finish) {
@@ -221,7 +221,7 @@ void linear(
   const int64_t parts = groups > 1 ? 1 : std::clamp<int64_t>(TASKS_PER_THREAD * threads, 1, weight.blocks());
   const int64_t part_blocks = (weight.blocks() + parts - 1) / parts;
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) {
       LinearWorker worker(x, x_stride, rows, packed, weight, y, part_width, group_rows);
       for (int64_t i = next++; i < groups * parts; i = next++) {

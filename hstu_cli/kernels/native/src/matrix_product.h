@@ -50,7 +50,7 @@ struct RightOperand {
       shape.pack(m.data, packed);
       return;
     }
-    at::parallel_for(0, shape.steps(), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(shape.steps(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t step = begin; step < end; ++step) {
         for (int64_t block = 0; block < shape.blocks(); ++block) {
           bf16* tile = packed + block * shape.block_size() + 2 * step * TILE;
@@ -202,7 +202,7 @@ void multiply_matrices(const Matrix& left, bool transposed, const RightOperand& 
       steps > CHUNK_STEPS ? std::max(wanted, (blocks + CHUNKED_BLOCKS - 1) / CHUNKED_BLOCKS) : wanted, 1, blocks);
   const int64_t part_blocks = (blocks + parts - 1) / parts;
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) {
       ProductWorker worker(left, transposed, right, group_rows, CHUNK_STEPS, part_blocks);
       for (int64_t i = next++; i < groups * parts; i = next++) {

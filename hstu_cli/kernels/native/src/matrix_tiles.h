@@ -4,12 +4,14 @@
 // tile, and every load continues the last one. A block is 32 x 32 results, four tiles of sums in registers.
 #pragma once
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512) && \
-    defined(__linux__)
+// Older versions of clang spell the first two without the line.
+#if (defined(__AMX_BF16__) || defined(__AMXBF16__)) && (defined(__AMX_TILE__) || defined(__AMXTILE__)) && \
+    defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512) && defined(__linux__)
 #define HSTU_MATRIX_TILES
 
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
+#include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -121,7 +123,10 @@ inline void add_products(int64_t steps, const Operands& a, const Operands& b) {
 inline bool matrix_tiles_work() {
   static const bool work = [] {
     constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    if (!__builtin_cpu_supports("amx-bf16") || !at::native::cpublas::could_pack(at::kBFloat16)) return false;
+    constexpr unsigned AMX_BF16 = 1 << 22;  // of leaf 7; not every compiler has a name for it
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & AMX_BF16)) return false;
+    if (!at::native::cpublas::could_pack(at::kBFloat16)) return false;
     if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0) return false;
     alignas(64) bf16 ones[2 * TILE];
     alignas(64) float sums[4 * SUM_TILE];

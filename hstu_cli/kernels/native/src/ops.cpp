@@ -165,7 +165,7 @@ int64_t multiply_tiles(int64_t repeats) {
   constexpr int64_t STEPS = 8;
   TORCH_CHECK(matrix_tiles_work(), "no matrix units here");
   const int64_t threads = at::get_num_threads();
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
     alignas(64) bf16 operands[4 * STEPS * TILE];
     alignas(64) float sums[4 * SUM_TILE];
     for (int64_t i = 0; i < 4 * STEPS * TILE; ++i) operands[i] = static_cast<float>(i % 7 - 3);

@@ -1,7 +1,6 @@
 // Operators on rows: layer norms, and copies of keys and values into pages.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
@@ -12,6 +11,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace hstu {
@@ -127,7 +127,7 @@ void layer_norm(
   std::unique_ptr<real_t[]> parameters(new real_t[2 * width]);
   widen(weight, width, parameters.get());
   widen(bias, width, parameters.get() + width);
-  at::parallel_for(0, rows, std::max<int64_t>(1, ROW_GRAIN / width), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, std::max<int64_t>(1, ROW_GRAIN / width), [&](int64_t begin, int64_t end) {
     std::unique_ptr<real_t[]> wide(new real_t[width]);
     const real_t *w = parameters.get(), *b = w + width;
     for (int64_t i = begin; i < end; ++i) {
@@ -144,7 +144,7 @@ void layer_norm(
 template <typename source_t, typename target_t>
 void copy_rows(int64_t count, int64_t bytes, const source_t& source, const target_t& target) {
   const int64_t grain = std::max<int64_t>(1, 4 * ROW_GRAIN / std::max<int64_t>(bytes, 1));
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       std::memcpy(target(i), source(i), bytes);
     }

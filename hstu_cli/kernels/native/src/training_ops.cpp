@@ -160,7 +160,7 @@ at::Tensor silu(const at::Tensor& x_any) {
   with_real({x}, [&]<typename real_t>(real_t) {
     const AnyRows<real_t> from(x), to(out);
     const int64_t grain = std::max<int64_t>(1, ROW_GRAIN / std::max<int64_t>(1, width));
-    at::parallel_for(0, rows, grain, [&](int64_t i, int64_t end) {
+    parallel_for(rows, grain, [&](int64_t i, int64_t end) {
       std::vector<real_t> row(width);
       for (; i < end; ++i) {
         from.load(i, width, row.data());

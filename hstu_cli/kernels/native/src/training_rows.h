@@ -48,7 +48,6 @@ class AnyRows {
       if constexpr (std::is_same_v<wide_t<scalar_t>, real_t>) {
         narrow(source, width, x);
       } else {
-#pragma omp simd
         for (int64_t c = 0; c < width; ++c) x[c] = static_cast<scalar_t>(source[c]);
       }
     }, row);
@@ -84,7 +83,7 @@ class BlockSums {
   // f(first row, end, sums [width] of zeros) for each block, on all threads.
   template <typename f_t>
   void run(const f_t& f) {
-    at::parallel_for(0, (rows_ + block_rows_ - 1) / block_rows_, 1, [&](int64_t begin, int64_t end) {
+    parallel_for((rows_ + block_rows_ - 1) / block_rows_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         f(block * block_rows_, std::min((block + 1) * block_rows_, rows_), sums_.data() + block * width_);
       }
@@ -134,7 +133,7 @@ struct Norm {
   void forward(
       const AnyRows<real_t>& x, const AnyRows<real_t>& u, const AnyRows<real_t>& out, real_t* mean,
       real_t* scale) const {
-    at::parallel_for(0, rows, std::max<int64_t>(1, ROW_GRAIN / width), [&](int64_t begin, int64_t end) {
+    parallel_for(rows, std::max<int64_t>(1, ROW_GRAIN / width), [&](int64_t begin, int64_t end) {
       std::vector<real_t> wide(2 * width);
       std::vector<uint16_t> numbers(Dropout::padded(width));
       real_t *row = wide.data(), *gate = row + width;
@@ -271,7 +270,7 @@ void multiply_by_slope(const real_t* x, real_t* g, int64_t count) {
   using Vec = at::vec::Vectorized<real_t>;
   const Vec one(real_t(1)), minus_one(real_t(-1));
   for (int64_t c = 0; c < count; c += Vec::size()) {
-    const Vec v = Vec::loadu(x + c), gate = one / (one + (v * minus_one).exp());
+    const Vec v = Vec::loadu(x + c), gate = one / (one + exp_of(v * minus_one));
     (Vec::loadu(g + c) * (gate + v * gate * (one - gate))).store(g + c);
   }
 }

@@ -16,34 +16,29 @@ namespace hstu {
 // the first-level cache, and no power of two lies between its rows. Half as fast without.
 constexpr int64_t PANEL = 32;
 
-// A block of the product that stays in registers: M rows of N vectors.
+// A block of the product that stays in registers: M rows of N of the compiler's vectors.
 template <typename real_t, int M, int N>
 inline void multiply_block(
     int64_t k, const real_t* a, int64_t lda, const real_t* b, int64_t ldb, real_t* c, int64_t ldc, bool add) {
-  using Vec = at::vec::Vectorized<real_t>;
-  Vec sums[M][N];
-  for (int i = 0; i < M; ++i) {
-    for (int j = 0; j < N; ++j) {
-      sums[i][j] = Vec(real_t(0));
-    }
-  }
+  constexpr int64_t lanes = LanesOf<real_t>::COUNT;
+  Lanes<real_t> sums[M][N] = {};
   for (int64_t l = 0; l < k; ++l) {
-    Vec right[N];
+    Lanes<real_t> right[N];
     for (int j = 0; j < N; ++j) {
-      right[j] = Vec::loadu(b + l * ldb + j * Vec::size());
+      right[j] = load_lanes(b + l * ldb + j * lanes);
     }
     for (int i = 0; i < M; ++i) {
-      const Vec left(a[i * lda + l]);
+      const real_t left = a[i * lda + l];
       for (int j = 0; j < N; ++j) {
-        sums[i][j] = at::vec::fmadd(left, right[j], sums[i][j]);
+        sums[i][j] += left * right[j];
       }
     }
   }
   for (int i = 0; i < M; ++i) {
     for (int j = 0; j < N; ++j) {
       // Added last: shorter sums round less.
-      real_t* target = c + i * ldc + j * Vec::size();
-      (add ? Vec::loadu(target) + sums[i][j] : sums[i][j]).store(target);
+      real_t* target = c + i * ldc + j * lanes;
+      store_lanes<real_t>(add ? load_lanes(target) + sums[i][j] : sums[i][j], target);
     }
   }
 }
@@ -53,11 +48,16 @@ template <typename real_t>
 void multiply(
     int64_t m, int64_t n, int64_t k, const real_t* a, int64_t lda, const real_t* b, int64_t ldb, real_t* c, int64_t ldc,
     bool add) {
-  constexpr int64_t lanes = at::vec::Vectorized<real_t>::size();
-  constexpr int M = lanes * sizeof(real_t) >= 64 ? 8 : 4;  // as many sums as there are registers for
-  for (int64_t j = 0; j < n; j += 2 * lanes) {
+  constexpr int64_t lanes = LanesOf<real_t>::COUNT;
+  // As many sums as there are registers for: 16 of 32 of them, or 8 of 16.
+#if defined(__aarch64__)
+  constexpr int M = 4, N = 4;
+#else
+  constexpr int M = VECTOR_BYTES >= 64 ? 8 : 4, N = 2;
+#endif
+  for (int64_t j = 0; j < n; j += N * lanes) {
     for (int64_t i = 0; i < m; i += M) {
-      const auto run = n - j >= 2 * lanes ? multiply_block<real_t, M, 2> : multiply_block<real_t, M, 1>;
+      const auto run = n - j >= N * lanes ? multiply_block<real_t, M, N> : multiply_block<real_t, M, 1>;
       run(k, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, add);
     }
   }

@@ -134,7 +134,7 @@ class VectorGradientTiles {
     using Vec = at::vec::Vectorized<real_t>;
     const Vec alpha(alpha_), minus_alpha(-alpha_), one(real_t(1));
     for (int64_t i = 0; i < count; i += Vec::size()) {
-      const Vec x = Vec::loadu(scores + i), gate = one / (one + (x * minus_alpha).exp()), weight = x * gate;
+      const Vec x = Vec::loadu(scores + i), gate = one / (one + exp_of(x * minus_alpha)), weight = x * gate;
       weight.store(scores + i);
       (Vec::loadu(grads + i) * (gate + alpha * weight * (one - gate))).store(grads + i);
     }

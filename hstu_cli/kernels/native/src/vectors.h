@@ -6,10 +6,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #if defined(CPU_CAPABILITY_AVX512)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace hstu {
@@ -17,6 +20,36 @@ namespace hstu {
 // What is computed with: float, or double for double.
 template <typename scalar_t>
 using wide_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t VECTOR_BYTES = 64;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int64_t VECTOR_BYTES = 32;
+#else
+constexpr int64_t VECTOR_BYTES = 16;
+#endif
+
+// A register of elements as compilers know them, for any CPU: where torch has no instructions for a CPU its vectors are
+// arrays in memory, and on Arm g++ writes blocks of torch's vectors to memory at every step.
+template <typename value_t>
+struct LanesOf {
+  typedef value_t type __attribute__((vector_size(VECTOR_BYTES)));
+  static constexpr int64_t COUNT = VECTOR_BYTES / sizeof(value_t);
+};
+template <typename value_t>
+using Lanes = typename LanesOf<value_t>::type;
+
+template <typename value_t>
+inline Lanes<value_t> load_lanes(const value_t* x) {
+  Lanes<value_t> lanes;
+  std::memcpy(&lanes, x, sizeof(lanes));
+  return lanes;
+}
+
+template <typename value_t>
+inline void store_lanes(Lanes<value_t> lanes, value_t* x) {
+  std::memcpy(x, &lanes, sizeof(lanes));
+}
 
 template <typename scalar_t>
 void widen(const scalar_t* x, int64_t width, wide_t<scalar_t>* wide) {
@@ -87,6 +120,39 @@ inline __m512 silu_of(__m512 x, __m512 minus_alpha_log2e) {
 }
 #endif
 
+// e^x, which ATen computes element by element where torch was built without the library for it.
+template <typename real_t>
+inline at::vec::Vectorized<real_t> exp_of(at::vec::Vectorized<real_t> x) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  return x.exp();
+#else
+  if constexpr (std::is_same_v<real_t, double>) {
+    return x.exp();
+  } else {
+    const Lanes<float> most = Lanes<float>{} + 125.0f;  // 2^t and 1 + 2^t stay normal numbers
+    float values[at::vec::Vectorized<float>::size()];
+    x.store(values);
+    for (int64_t i = 0; i < x.size(); i += LanesOf<float>::COUNT) {
+      Lanes<float> t = load_lanes(values + i) * 1.4426950408889634f;
+      t = t < most ? t : most;
+      t = t > -most ? t : -most;
+      const Lanes<float> shifted = t + 0x1.8p23f;  // the nearest integer n in its last bits
+      const Lanes<float> f = t - (shifted - 0x1.8p23f);
+      // The best relative fit of degree 6 (2e-9) of 2^f on [-1/2, 1/2]; times 2^n by its exponent.
+      Lanes<float> p = 0.000153458124f * f + 0.00133999309f;
+      p = p * f + 0.00961848907f;
+      p = p * f + 0.0555032864f;
+      p = p * f + 0.240226462f;
+      p = p * f + 0.693147182f;
+      p = p * f + 1.0f;
+      const auto bits = reinterpret_cast<Lanes<uint32_t>>(p) + (reinterpret_cast<Lanes<uint32_t>>(shifted) << 23);
+      store_lanes<float>(reinterpret_cast<Lanes<float>>(bits), values + i);
+    }
+    return at::vec::Vectorized<float>::loadu(values);
+  }
+#endif
+}
+
 // x * sigmoid(alpha * x) of a row, in place.
 template <typename real_t>
 void silu_row(real_t* scores, int64_t rows, real_t alpha) {
@@ -102,12 +168,25 @@ void silu_row(real_t* scores, int64_t rows, real_t alpha) {
 #endif
   using Vec = at::vec::Vectorized<real_t>;
   const Vec minus_alpha(-alpha), one(real_t(1));
-  for (int64_t i = 0; i < rows; i += Vec::size()) {
-    const int64_t count = std::min<int64_t>(Vec::size(), rows - i);
-    const Vec x = Vec::loadu(scores + i, count);
-    (x / (one + (x * minus_alpha).exp())).store(scores + i, count);
-  }
+  const auto silu_of_vector = [&](Vec x) { return x / (one + exp_of(x * minus_alpha)); };
+  int64_t i = 0;
+  for (; i + Vec::size() <= rows; i += Vec::size()) silu_of_vector(Vec::loadu(scores + i)).store(scores + i);
+  if (i < rows) silu_of_vector(Vec::loadu(scores + i, rows - i)).store(scores + i, rows - i);
 }
+
+#if defined(__aarch64__)
+// 4 x 4 elements: target[j][i] = source[i][j].
+inline void transpose_4x4(const float* source, int64_t ld_source, float* target, int64_t ld_target) {
+  const float32x4_t a = vld1q_f32(source), b = vld1q_f32(source + ld_source);
+  const float32x4_t c = vld1q_f32(source + 2 * ld_source), d = vld1q_f32(source + 3 * ld_source);
+  const auto even_ab = vreinterpretq_f64_f32(vtrn1q_f32(a, b)), odd_ab = vreinterpretq_f64_f32(vtrn2q_f32(a, b));
+  const auto even_cd = vreinterpretq_f64_f32(vtrn1q_f32(c, d)), odd_cd = vreinterpretq_f64_f32(vtrn2q_f32(c, d));
+  vst1q_f32(target, vreinterpretq_f32_f64(vtrn1q_f64(even_ab, even_cd)));
+  vst1q_f32(target + ld_target, vreinterpretq_f32_f64(vtrn1q_f64(odd_ab, odd_cd)));
+  vst1q_f32(target + 2 * ld_target, vreinterpretq_f32_f64(vtrn2q_f64(even_ab, even_cd)));
+  vst1q_f32(target + 3 * ld_target, vreinterpretq_f32_f64(vtrn2q_f64(odd_ab, odd_cd)));
+}
+#endif
 
 // target [n, m] = source [m, n] transposed; m and n are multiples of 16.
 template <typename real_t>
@@ -119,6 +198,15 @@ void transpose(const real_t* source, int64_t ld_source, real_t* target, int64_t 
 #if defined(CPU_CAPABILITY_AVX512)
       if constexpr (std::is_same_v<real_t, float>) {
         transpose_16x16(from, ld_source, to, ld_target);
+        continue;
+      }
+#elif defined(__aarch64__)
+      if constexpr (std::is_same_v<real_t, float>) {
+        for (int64_t r = 0; r < 16; r += 4) {
+          for (int64_t c = 0; c < 16; c += 4) {
+            transpose_4x4(from + r * ld_source + c, ld_source, to + c * ld_target + r, ld_target);
+          }
+        }
         continue;
       }
 #endif
