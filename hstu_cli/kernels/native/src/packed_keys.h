@@ -1,12 +1,11 @@
 // Keys and values that several tasks meet, packed once for all of them.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <memory>
 #include <vector>
 
 #include "plan.h"
+#include "threads.h"
 
 namespace hstu {
 
@@ -43,7 +42,7 @@ class PackedKeys {
       for (int64_t b = first; b < last; ++b) {
         for (int64_t i = 0; places_[b] != NONE && i < chunks_of(b); ++i) jobs.push_back({b, i});
       }
-      at::parallel_for(0, static_cast<int64_t>(jobs.size()), 1, [&](int64_t begin, int64_t end) {
+      parallel_for(static_cast<int64_t>(jobs.size()), 1, [&](int64_t begin, int64_t end) {
         std::vector<KeyRow<scalar_t>> rows(tiles_t::CHUNK_KEYS);
         for (; begin < end; ++begin) pack_chunk(jobs[begin], rows.data());
       });
