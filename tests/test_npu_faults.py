@@ -87,13 +87,13 @@ def test_a_torch_npu_that_does_not_load(
         (
             "2.12.0+cpu",
             "2.11.0.post3",
-            ["pip install 'torch==2.11.0' --index-url", "or pip install 'torch_npu==2.12.0.*'"],
+            ["pip install 'torch==2.11.0'", "or pip install 'torch_npu==2.12.0.*'"],
         ),
         (
             "2.12.1",
             "2.12.0",
             [
-                "pip install 'torch==2.12.0' --index-url https://download.pytorch.org/whl/cpu, or",
+                "pip install 'torch==2.12.0', or",
                 "pip install 'torch_npu==2.12.1.*', or where there is none: pip install 'torch==2.12.0'",
                 "&& pip install 'torch_npu==2.12.0.*'",
             ],

@@ -38,9 +38,6 @@ BROKEN = (
 TORCH_RELEASES = ("2.11", "2.12", "2.13")
 """Minor releases of torch that this package runs on."""
 
-TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
-"""Where pip finds torch without CUDA."""
-
 
 class NpuBackend(StreamBackend):
     """An Ascend NPU, through torch_npu."""
@@ -120,7 +117,7 @@ def _wrong_torch_npu() -> str | None:
         return None
     ways = [_torch_npu_for(wanted)]
     if installed.rpartition(".")[0] in TORCH_RELEASES:
-        ways.insert(0, f"pip install 'torch=={installed}' --index-url {TORCH_INDEX}")
+        ways.insert(0, f"pip install 'torch=={installed}'")
     return f"torch_npu {installed} is not for torch {wanted}; bring them together: {', or '.join(ways)}."
 
 
@@ -131,10 +128,7 @@ def _torch_npu_for(version: str) -> str:
     command = f"pip install 'torch_npu=={release}.*'"
     if release == first:
         return command
-    return (
-        f"{command}, or where there is none: pip install 'torch=={first}' --index-url {TORCH_INDEX} && "
-        f"pip install 'torch_npu=={first}.*'"
-    )
+    return f"{command}, or where there is none: pip install 'torch=={first}' && pip install 'torch_npu=={first}.*'"
 
 
 def _release(version: str) -> str:
