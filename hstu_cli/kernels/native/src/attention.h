@@ -109,22 +109,23 @@ class Worker {
       constexpr int64_t CHUNK = tiles_t::CHUNK_KEYS;
       const Sequence& s = batch_.sequences[task.sequence];
       const int64_t rows = task.padded_rows(), own_key = s.num_cached + task.row_begin;
+      const bool shared = packed_.has(task.sequence);
       for (int64_t head = task.head_begin; head < task.head_end; ++head) {
         real_t* sums = all_sums + (head - task.head_begin) * rows * tiles_.sums_per_row();
         for (int64_t begin = task.key_begin, end; begin < task.key_end; begin = end) {
-          end = std::min(begin / CHUNK * CHUNK + CHUNK, task.key_end);
-          int64_t first = begin / CHUNK * CHUNK;
-          const scalar_t *chunk = packed_.chunk(task.sequence, head, first), *next = nullptr;
-          if (chunk == nullptr) {
+          const int64_t chunk_begin = begin / CHUNK * CHUNK;
+          end = std::min(chunk_begin + CHUNK, task.key_end);
+          const scalar_t *chunk = chunk_, *next = nullptr;
+          if (shared) {
+            chunk = packed_.chunk(task.sequence, head, chunk_begin);
+            if (end < task.key_end) next = packed_.chunk(task.sequence, head, end);
+          } else {
             batch_.find_rows(s, head, begin, end, key_rows_);
             tiles_.many().pack(key_rows_, end - begin, chunk_);
-            chunk = chunk_;
-            first = begin;
-          } else if (end < task.key_end) {
-            next = packed_.chunk(task.sequence, head, end);
           }
+          const int64_t first = shared ? begin - chunk_begin : 0;  // of these keys in the chunk
           tiles_.many().attend(
-              head - task.head_begin, chunk, begin - first, end - first, next, rows, begin - own_key, sums,
+              head - task.head_begin, chunk, first, first + end - begin, next, rows, begin - own_key, sums,
               begin > task.key_begin);
         }
       }
@@ -151,10 +152,14 @@ class Worker {
 
   void add_own_value(int64_t token, int64_t head) {
     const scalar_t *q = batch_.q.at(token, head), *k = batch_.k.at(token, head), *v = batch_.v.at(token, head);
-    real_t score = 0;
-    for (int64_t c = 0; c < batch_.head_dim; ++c) {
-      score += static_cast<real_t>(q[c]) * static_cast<real_t>(k[c]);
+    constexpr int64_t LANES = 16;  // sums side by side, as one after another they would wait for each other
+    real_t sums[LANES] = {}, score = 0;
+    int64_t c = 0;
+    for (; c + LANES <= batch_.head_dim; c += LANES) {
+      for (int64_t i = 0; i < LANES; ++i) sums[i] += static_cast<real_t>(q[c + i]) * static_cast<real_t>(k[c + i]);
     }
+    for (; c < batch_.head_dim; ++c) score += static_cast<real_t>(q[c]) * static_cast<real_t>(k[c]);
+    for (const real_t sum : sums) score += sum;
     score *= static_cast<real_t>(batch_.alpha);
     const real_t weight = score / (1 + std::exp(-score)) / static_cast<real_t>(batch_.scaling_seqlen);
     for (int64_t c = 0; c < batch_.head_dim; ++c) {

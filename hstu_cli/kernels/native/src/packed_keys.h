@@ -50,9 +50,12 @@ class PackedKeys {
     }
   }
 
-  // The chunk of a head that begins with a key; null where its tasks pack keys themselves.
+  // Whether a sequence's keys are here; else its tasks pack them for themselves.
+  bool has(int64_t sequence) const { return places_[sequence] != NONE; }
+
+  // The chunk of a head that begins with a key.
   const scalar_t* chunk(int64_t sequence, int64_t head, int64_t key) const {
-    return places_[sequence] == NONE ? nullptr : place(sequence, head, key / tiles_t::CHUNK_KEYS);
+    return place(sequence, head, key / tiles_t::CHUNK_KEYS);
   }
 
  private:
