@@ -92,6 +92,8 @@ class Backend:
     """Share of the device's memory that a KV cache takes unless its size is given."""
     how_to_list = "there is one CPU"
     """Which command lists the devices, and what hides some, as a clause."""
+    has_graphs = False
+    """Whether there are devices of this kind that capture graphs; `why_no_graphs` tells of this one."""
     few_shapes = False
     """Whether operators are prepared for each shape anew, so that padding to few of them pays."""
     why_graphs_only_on_request: str | None = None
@@ -124,6 +126,11 @@ class Backend:
     def available_memory_bytes(self) -> int:
         """What of it a new tensor may take."""
         return available_memory_bytes()
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        """Releases of what computes on the device, by name: what was measured with others holds no more."""
+        return {"torch": torch.__version__}
 
     def tune_process(self) -> None:
         """Set what makes this whole process faster on the device; for programs, not for a library's caller."""
