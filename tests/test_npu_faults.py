@@ -208,6 +208,30 @@ def test_what_no_npu_can_run_is_the_command_lines_fault(command: list[str], impl
     assert "not on npu" in failure_of(2, *command, "--impl", impl)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*INFER, "--page-size", "48"],
+        *([name, "--device", "npu", "--page-size", "48"] for name in ("bench-layer", "bench-e2e")),
+    ],
+    ids=lambda command: command[0],
+)
+def test_pages_that_ascends_operators_cannot_read_are_the_command_lines_fault(command: list[str]) -> None:
+    """Whether torch_npu and RecSDK are here or not."""
+    said = failure_of(2, *command, "--impl", "ascend")
+    assert "--page-size 48: impl='ascend' takes pages of 32, 64, 128 or 256 tokens, not 48" in said
+
+
+@pytest.mark.parametrize(
+    ("device", "impl", "can"),
+    [("npu", "reference", "blocked"), ("npu:1", "ascend", "blocked"), ("cuda", "blocked", "triton")],
+)
+def test_an_implementation_that_no_graph_holds_is_the_command_lines_fault(device: str, impl: str, can: str) -> None:
+    """Whether the device is here or not."""
+    said = failure_of(2, *INFER[:-1], device, "--impl", impl, "--cuda-graph")
+    assert f"--cuda-graph: impl {impl} reads a batch's sizes on the host, so it cannot be captured; {can} can" in said
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_ascends_operators_are_for_npus(device: str) -> None:
     assert f"runs on an NPU, not on {device}" in failure_of(2, *INFER[:-1], device, "--impl", "ascend")

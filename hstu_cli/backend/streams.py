@@ -102,6 +102,7 @@ class StreamBackend(Backend):
 
     default_dtype = "bf16"
     cache_memory_share = 0.5
+    has_graphs = True
     graph_class: str
     """The name of the device module's class of graphs."""
 

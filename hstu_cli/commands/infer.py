@@ -95,7 +95,6 @@ def infer(
     from hstu_cli.bench.requests import RequestSource
     from hstu_cli.bench.setup import CacheOptions, build_cache, random_model_for, unknown_context_ids
     from hstu_cli.commands.opening import (
-        check_page_size,
         note_block_rows,
         open_checkpoint,
         open_dataset,
@@ -125,12 +124,12 @@ def infer(
         json_only=format is options.OutputFormat.json,
         output_json=output_json,
         metadata=metadata,
+        page_size=page_size if kv_cache else None,
+        cuda_graph=bool(cuda_graph),
     )
     reporter, backend = opened.reporter, opened.backend
     chosen_embedding = choose_embedding(embedding, backend.type)
     choose_append_impl(append_impl, backend.type, opened.dtype, impl=impl)  # refused before data is read
-    if kv_cache:
-        check_page_size(opened, page_size)
     graph_choice = choose_graphs(cuda_graph, backend, opened.impl.name, cached=kv_cache)
     prepared = open_dataset(dataset, data_root, reporter)
     if checkpoint is not None:
