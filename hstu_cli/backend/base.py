@@ -25,6 +25,22 @@ ALIGNMENT_BYTES = 64
 PINNED_FOR = ("cuda", "npu")
 """Devices that copy from pinned memory while this thread goes on."""
 
+BROKEN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+"""What a device's Python module raises that does not fit its machine, or has other functions than are known here."""
+
 Memory = TypeVar("Memory", bound=mmap.mmap)
 
 
@@ -76,6 +92,10 @@ class GraphPool(Protocol):
         It must queue the same operations on the same memory each time, and wait for nothing. Raises what the work
         raises, running out of memory included; the graphs that were captured before stay as they are.
         """
+        ...
+
+    def begin_round(self) -> None:
+        """Captures follow: before the first of them the device's memory that nobody uses is given back, for graphs."""
         ...
 
     def release(self) -> None:

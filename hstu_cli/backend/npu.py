@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hstu_cli.backend.base import BROKEN
 from hstu_cli.backend.streams import StreamBackend
 
 DISTRIBUTIONS = {"yaml": "pyyaml", "pkg_resources": "setuptools", "attr": "attrs", "google": "protobuf"}
@@ -20,22 +21,6 @@ WITHOUT_BF16 = re.compile(r"Ascend(310P|910((Pro|Premium)?[AB])?$)")
 
 For a torch_npu without `is_bf16_supported`.
 """
-
-BROKEN = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
-"""What a torch_npu that does not fit its machine raises, when it is imported or asked for devices."""
 
 TORCH_RELEASES = ("2.11", "2.12", "2.13")
 """Minor releases of torch that this package runs on."""
