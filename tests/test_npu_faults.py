@@ -132,6 +132,7 @@ def test_no_torch_is_offered_that_this_package_does_not_run_on(monkeypatch: pyte
 def test_no_torch_npu() -> None:
     said = failure_of(3, *INFER)
     assert "torch_npu is not installed; install Ascend's CANN toolkit" in said
+    assert "pip install pyyaml setuptools" in said
     assert f"pip install 'torch_npu=={RELEASE}.*'" in said
 
 

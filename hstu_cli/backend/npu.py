@@ -52,8 +52,8 @@ class NpuBackend(StreamBackend):
                 package = DISTRIBUTIONS.get(str(error.name).partition(".")[0], str(error.name).partition(".")[0])
                 return f"torch_npu does not load ({error}); install what it lacks: pip install {package}."
             return (
-                f"torch_npu is not installed; install Ascend's CANN toolkit, then: {_torch_npu_for(torch.__version__)} "
-                "(docs/npu.md)."
+                "torch_npu is not installed; install Ascend's CANN toolkit, what torch_npu needs and does not ask for "
+                f"(pip install pyyaml setuptools), then: {_torch_npu_for(torch.__version__)} (docs/npu.md)."
             )
         except (ImportError, OSError, RuntimeError) as error:
             return (
