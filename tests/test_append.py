@@ -197,8 +197,9 @@ def test_the_choice_is_kept_or_refused() -> None:
         assert [choose_append_impl(name, device, dtype).name for name in offered[1:]] == offered[1:]
     with pytest.raises(UnavailableError, match="--append-impl flashinfer: FlashInfer runs on NVIDIA GPUs alone"):
         choose_append_impl("flashinfer", "cpu", torch.float32)
-    with pytest.raises(UnavailableError, match="--append-impl triton: "):
-        choose_append_impl("triton", "npu", torch.float32)
+    for name, where, device in (("triton", "an NVIDIA GPU", "npu"), ("native", "a CPU", "cuda")):
+        with pytest.raises(UsageError, match=f"--append-impl {name} runs on {where}, not on {device}; choose"):
+            choose_append_impl(name, device, torch.float32)
 
 
 @pytest.mark.parametrize(

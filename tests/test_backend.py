@@ -140,8 +140,15 @@ def test_work_warms_up_and_is_captured_in_a_side_stream(module: StandInModule) -
         "end",
     ]  # fmt: skip
     assert pool.memory_bytes == 500
+    module.calls.clear()
     pool.capture(work(module, 0))
     assert pool.memory_bytes == 500, "the second graph uses the memory of the first"
+    assert "synchronize" in module.calls
+    assert "empty cache" not in module.calls, "memory is given back once a round"
+    pool.begin_round()
+    pool.capture(work(module, 100))
+    assert module.calls.count("empty cache") == 1
+    assert pool.memory_bytes == 600
     graph.replay()
     assert module.calls[-1] == "replay"
     assert module.stream_name == "compute"

@@ -8,10 +8,12 @@ import torch
 from support.cli import failure_of, invoke, record_of
 from support.graphs import GraphBackend, HostGraphRunner, RecordedPool
 
+from hstu_cli.commands.infer import _graphs_label
 from hstu_cli.config import MODEL_PRESETS
 from hstu_cli.data.synthetic import SyntheticOptions, prepare_synthetic
 from hstu_cli.kernels.append_pages import choose_append_impl
 from hstu_cli.model.engine import InferenceEngine
+from hstu_cli.model.shaped_graphs import ShapedGraphRunner
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +208,27 @@ def test_infer_captures_padded_shapes_outside_the_time_that_it_takes(
     assert graphs["captured_graphs"] > 0 < graphs["replays"]
     assert pending == [0] * (1 + 12)  # one to warm up
     assert graphs["replays"] + graphs["eager_steps"] == 12
+    assert "steps_beyond" in graphs
     assert "steps without (as requested)" in " ".join(
         invoke(*infer(root, "--impl", "blocked", "--cuda-graph", "--steps", 12, "--batch-size", 2)).stdout.split()
     )
+
+
+@pytest.mark.usefixtures("graphs_on_a_cpu")
+def test_each_shape_without_a_graph_is_told_apart(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes of as many tokens too; and steps of shapes that came when there were graphs enough."""
+    monkeypatch.setattr(GraphBackend, "few_shapes", True)
+    arguments = infer(root, "--impl", "blocked", "--cuda-graph", "--steps", 24, "--batch-size", 2)
+    pool = RecordedPool(fails_at=set(range(100)))
+    monkeypatch.setattr(GraphBackend, "graph_pool", lambda self: pool)
+    said = [line for line in invoke(*arguments).stderr.splitlines() if "Memory did not suffice for the graph" in line]
+    assert len(set(said)) == len(said) > 1
+    pool.fails_at = set()
+    monkeypatch.setitem(ShapedGraphRunner.__init__.__kwdefaults__, "most_shapes", 1)
+    shown = " ".join(invoke(*arguments).stdout.replace("│", " ").split())
+    assert "of them beyond the most shapes (as requested)" in shown
+
+
+def test_graphs_of_an_npu_are_not_called_cudas() -> None:
+    for actual, label in (("cuda:0", "CUDA graphs"), ("cpu", "CUDA graphs"), ("npu:1", "Graphs")):
+        assert _graphs_label({"actual": actual}) == label

@@ -292,7 +292,7 @@ def test_env_names_the_device(outcomes: dict[str, Any]) -> None:
         ("ascend", 3, "torch.ops.mxrec has no hstu_jagged and hstu_paged; build RecSDK's cust_op"),
         ("dynamicemb", 3, "DynamicEmb runs on NVIDIA GPUs alone, and this device is npu"),
         ("graphs", 3, "torch.npu has no NPUGraph"),
-        ("append", 3, "triton"),
+        ("append", 2, "--append-impl triton runs on an NVIDIA GPU, not on npu; choose from auto, torch."),
     ],
 )
 def test_what_cannot_be_is_said(outcomes: dict[str, Any], name: str, exit_code: int, message: str) -> None:

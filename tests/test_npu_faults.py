@@ -132,6 +132,7 @@ def test_no_torch_is_offered_that_this_package_does_not_run_on(monkeypatch: pyte
 def test_no_torch_npu() -> None:
     said = failure_of(3, *INFER)
     assert "torch_npu is not installed; install Ascend's CANN toolkit" in said
+    assert "pip install pyyaml setuptools" in said
     assert f"pip install 'torch_npu=={RELEASE}.*'" in said
 
 
@@ -206,6 +207,30 @@ def test_an_index_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_no_npu_can_run_is_the_command_lines_fault(command: list[str], impl: str) -> None:
     """Whether torch_npu is here or not."""
     assert "not on npu" in failure_of(2, *command, "--impl", impl)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*INFER, "--page-size", "48"],
+        *([name, "--device", "npu", "--page-size", "48"] for name in ("bench-layer", "bench-e2e")),
+    ],
+    ids=lambda command: command[0],
+)
+def test_pages_that_ascends_operators_cannot_read_are_the_command_lines_fault(command: list[str]) -> None:
+    """Whether torch_npu and RecSDK are here or not."""
+    said = failure_of(2, *command, "--impl", "ascend")
+    assert "--page-size 48: impl='ascend' takes pages of 32, 64, 128 or 256 tokens, not 48" in said
+
+
+@pytest.mark.parametrize(
+    ("device", "impl", "can"),
+    [("npu", "reference", "blocked"), ("npu:1", "ascend", "blocked"), ("cuda", "blocked", "triton")],
+)
+def test_an_implementation_that_no_graph_holds_is_the_command_lines_fault(device: str, impl: str, can: str) -> None:
+    """Whether the device is here or not."""
+    said = failure_of(2, *INFER[:-1], device, "--impl", impl, "--cuda-graph")
+    assert f"--cuda-graph: impl {impl} reads a batch's sizes on the host, so it cannot be captured; {can} can" in said
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -232,9 +232,13 @@ def test_weights_that_are_replaced_are_captured_anew(model: RankingModel) -> Non
     users = Users(np.random.default_rng(4))
     engine.step(users.requests({0: (2, 3)}))
     engine.graphs.capture_pending()
-    for assign in (False, True):  # written in place, as graphs see it; then other memory, which they do not know
+    last = changing.layers[-1].output
+    for assign in (False, True):  # written in place, as graphs see it; then one in other memory, which they do not know
         captured = len(backend.pool.captured)
-        changing.load_state_dict(other, assign=assign)
+        if assign:
+            last.weight = torch.nn.Parameter(2.0 * last.weight.detach())
+        else:
+            changing.load_state_dict(other)
         requests = users.requests({1 + assign: (2, 3)})
         expected = InferenceEngine(changing, "blocked").step(requests).logits
         assert relative(engine.step(requests).logits, expected) < 1e-5
@@ -255,6 +259,7 @@ def test_a_shape_for_which_memory_does_not_suffice_is_left_out(model: RankingMod
     tried = backend.pool.num_tried
     engine.step(users.requests({3: (2, 3)}))
     assert backend.pool.num_tried == tried, "not tried again"
+    assert set(engine.graphs._buffers) == set(engine.graphs._captured), "no buffer of a shape without graphs"
     buffers = sum(each.whole.nbytes for each in engine.graphs._buffers.values()) + engine.graphs._x.nbytes
     assert summary["memory_bytes"] == buffers + 1000 * summary["captured_graphs"]
     assert summary["eager_steps"] >= 3
@@ -277,12 +282,43 @@ def test_shapes_beyond_the_bounds_run_without(model: RankingModel) -> None:
     assert engine.graphs.eager_steps == 2
 
 
-def test_a_capture_that_fails_otherwise_is_one_message(model: RankingModel) -> None:
-    engine, backend = make_engine(model, captured_at=1)
-    backend.pool.fails_at, backend.pool.error = {1}, RuntimeError("operation not permitted in a capture")
-    engine.step(Users(np.random.default_rng(7)).requests({0: (2, 3)}))
-    with pytest.raises(CaptureFailedError, match=r"captures no graph of a step: operation not permitted in a capture;"):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("operation not permitted in a capture\nmore"),
+        TypeError("capture_begin() got an unexpected keyword"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("replaced", [False, True], ids=["a new shape", "replaced weights"])
+def test_a_capture_that_fails_otherwise_is_one_message(model: RankingModel, error: Exception, replaced: bool) -> None:
+    """A refusal of the device, and a module of it with other functions."""
+    changing = copy.deepcopy(model)
+    engine, backend = make_engine(changing, captured_at=1)
+    backend.pool.fails_at, backend.pool.error = {1 + replaced}, error
+    users = Users(np.random.default_rng(7))
+    engine.step(users.requests({0: (2, 3)}))
+    if replaced:
         engine.graphs.capture_pending()
+        changing.load_state_dict({name: x.clone() for name, x in changing.state_dict().items()}, assign=True)
+    said = str(error).partition("\n")[0].replace("()", r"\(\)")
+    with pytest.raises(CaptureFailedError, match=f"captures no graph of a step: {said}; run without graphs"):
+        engine.step(users.requests({1: (2, 3)}))
+    engine.cache.check_invariants()
+
+
+def test_memory_is_given_back_once_a_round(model: RankingModel) -> None:
+    """However many shapes and layers are captured."""
+    engine, backend = make_engine(model, captured_at=1, host_pages=40)
+    users = Users(np.random.default_rng(8))
+    for sizes in ({0: (2, 3)}, {0: (1, 30), 1: (1, 30)}):
+        engine.step(users.requests(sizes))
+    assert backend.pool.rounds == 1
+    engine.graphs.capture_pending()
+    engine.graphs.capture_pending()
+    assert backend.pool.rounds == 2
+    engine.graphs.capture()
+    assert (backend.pool.rounds, len(backend.pool.captured)) == (3, 4 * CONFIG.num_layers)
 
 
 def test_batches_of_like_users_are_one_size_and_others_are_not() -> None:

@@ -180,6 +180,23 @@ def test_other_failures_are_not_hidden(choose: Callable, error: Exception) -> No
         choose(Sleeper({FAST: error}))
 
 
+def test_a_file_is_measured_anew_after_a_change_to_any_of_its_sources(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("kernel.py", "plan.py")]
+    for path in files:
+        path.write_text("before")
+    names = [str(path) for path in files]
+    tuner = tuning.Tuner(Backend(), tmp_path / "tuning", VERSIONS)
+    for changed in (None, *files):
+        if changed is not None:
+            changed.write_text("after")
+            tuning._hash_of_files.cache_clear()
+        tuning.Tuner(Backend(), tmp_path / "tuning", VERSIONS).choose("sleep", (), (SLOW, FAST), Sleeper(), *names)
+    assert len(list((tmp_path / "tuning").iterdir())) == 3
+    run = Sleeper()
+    assert tuner.choose("sleep", (), (SLOW, FAST), run, *names) == FAST
+    assert run.launches == []
+
+
 class Capturing(Backend):
     """Work is being captured into a graph."""
 

@@ -3,7 +3,7 @@
 Only this package names `torch.cuda` and `torch.npu`.
 """
 
-from hstu_cli.backend.base import Backend, Event, Graph, GraphPool, WallTimer, packed, upload
+from hstu_cli.backend.base import BROKEN, Backend, Event, Graph, GraphPool, WallTimer, packed, upload
 from hstu_cli.backend.choice import (
     BACKENDS,
     DTYPES,
@@ -18,6 +18,7 @@ from hstu_cli.backend.streams import CudaBackend, StreamBackend
 
 __all__ = [
     "BACKENDS",
+    "BROKEN",
     "DTYPES",
     "Backend",
     "CudaBackend",

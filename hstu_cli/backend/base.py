@@ -25,6 +25,22 @@ ALIGNMENT_BYTES = 64
 PINNED_FOR = ("cuda", "npu")
 """Devices that copy from pinned memory while this thread goes on."""
 
+BROKEN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+"""What a device's Python module raises that does not fit its machine, or has other functions than are known here."""
+
 Memory = TypeVar("Memory", bound=mmap.mmap)
 
 
@@ -78,6 +94,10 @@ class GraphPool(Protocol):
         """
         ...
 
+    def begin_round(self) -> None:
+        """Captures follow: before the first of them the device's memory that nobody uses is given back, for graphs."""
+        ...
+
     def release(self) -> None:
         """Give memory back that only dropped graphs, or captures that failed, have used."""
         ...
@@ -92,6 +112,8 @@ class Backend:
     """Share of the device's memory that a KV cache takes unless its size is given."""
     how_to_list = "there is one CPU"
     """Which command lists the devices, and what hides some, as a clause."""
+    has_graphs = False
+    """Whether there are devices of this kind that capture graphs; `why_no_graphs` tells of this one."""
     few_shapes = False
     """Whether operators are prepared for each shape anew, so that padding to few of them pays."""
     why_graphs_only_on_request: str | None = None
@@ -124,6 +146,11 @@ class Backend:
     def available_memory_bytes(self) -> int:
         """What of it a new tensor may take."""
         return available_memory_bytes()
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        """Releases of what computes on the device, by name: what was measured with others holds no more."""
+        return {"torch": torch.__version__}
 
     def tune_process(self) -> None:
         """Set what makes this whole process faster on the device; for programs, not for a library's caller."""

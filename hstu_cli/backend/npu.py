@@ -3,11 +3,14 @@
 import importlib
 import importlib.metadata
 import os
+import platform
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from hstu_cli.backend.base import BROKEN
 from hstu_cli.backend.streams import StreamBackend
 
 DISTRIBUTIONS = {"yaml": "pyyaml", "pkg_resources": "setuptools", "attr": "attrs", "google": "protobuf"}
@@ -18,22 +21,6 @@ WITHOUT_BF16 = re.compile(r"Ascend(310P|910((Pro|Premium)?[AB])?$)")
 
 For a torch_npu without `is_bf16_supported`.
 """
-
-BROKEN = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
-"""What a torch_npu that does not fit its machine raises, when it is imported or asked for devices."""
 
 TORCH_RELEASES = ("2.11", "2.12", "2.13")
 """Minor releases of torch that this package runs on."""
@@ -65,8 +52,8 @@ class NpuBackend(StreamBackend):
                 package = DISTRIBUTIONS.get(str(error.name).partition(".")[0], str(error.name).partition(".")[0])
                 return f"torch_npu does not load ({error}); install what it lacks: pip install {package}."
             return (
-                f"torch_npu is not installed; install Ascend's CANN toolkit, then: {_torch_npu_for(torch.__version__)} "
-                "(docs/npu.md)."
+                "torch_npu is not installed; install Ascend's CANN toolkit, what torch_npu needs and does not ask for "
+                f"(pip install pyyaml setuptools), then: {_torch_npu_for(torch.__version__)} (docs/npu.md)."
             )
         except (ImportError, OSError, RuntimeError) as error:
             return (
@@ -89,6 +76,14 @@ class NpuBackend(StreamBackend):
         with_bf16 = is_supported() if is_supported is not None else not WITHOUT_BF16.match(self.device_name)
         return "bf16" if with_bf16 else "fp16"
 
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        """See `Backend`: of torch_npu too, and of CANN where its shell variables say where it is."""
+        found = super().versions() | {"torch_npu": str(importlib.import_module("torch_npu").__version__)}
+        if cann := _cann_version():
+            found["cann"] = cann
+        return found
+
     def why_no_graphs(self) -> str | None:
         """See `Backend`; and torch_npu captures nothing with the queue that moves workspaces, too."""
         if os.environ.get("TASK_QUEUE_ENABLE") == "2":
@@ -104,6 +99,19 @@ class NpuBackend(StreamBackend):
         set_compile_mode = getattr(self.module(), "set_compile_mode", None)
         if set_compile_mode is not None:
             set_compile_mode(jit_compile=False)
+
+
+def _cann_version() -> str | None:
+    """Of the toolkit whose `set_env.sh` this shell has sourced, as its own file of installation tells it."""
+    home = os.environ.get("ASCEND_TOOLKIT_HOME") or os.environ.get("ASCEND_HOME_PATH")
+    if home is None:
+        return None
+    try:
+        text = Path(home, f"{platform.machine()}-linux", "ascend_toolkit_install.info").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    version = re.search(r"^version=(\S+)", text, re.MULTILINE)
+    return version[1] if version else None
 
 
 def _wrong_torch_npu() -> str | None:

@@ -62,7 +62,9 @@ class StreamGraphPool:
         self._handle = device_module.graph_pool_handle()
         self._stream = device_module.Stream(device=device)
         self.memory_bytes = 0
-        self._bytes_outside = device_module.memory_reserved(device.index)
+        self._gives_memory_back = True  # before the next capture
+        # Of the device's memory that is none of the graphs': with what later work of a round left unused, and without.
+        self._bytes_outside = self._bytes_in_use = device_module.memory_reserved(device.index)
 
     def capture(self, work: Callable[[], object]) -> Graph:
         """See `GraphPool`."""
@@ -70,9 +72,12 @@ class StreamGraphPool:
         self._stream.wait_stream(module.current_stream(self._device))
         with module.stream(self._stream):
             work()
-        # The device is idle and holds no memory that nobody uses: the graphs get it, and it can be told what they took.
         module.synchronize(index)
-        module.empty_cache()
+        # The graphs get what nobody uses. Once a round, as all work afterwards has to ask the driver for memory anew.
+        if self._gives_memory_back:
+            module.empty_cache()
+            self._gives_memory_back = False
+            self._bytes_in_use = module.memory_reserved(index) - self.memory_bytes
         self._bytes_outside = module.memory_reserved(index) - self.memory_bytes
         graph = self._graph_class()
         with module.stream(self._stream):
@@ -87,10 +92,15 @@ class StreamGraphPool:
         self._measure()
         return StreamGraph(graph)
 
+    def begin_round(self) -> None:
+        """See `GraphPool`."""
+        self._gives_memory_back = True
+
     def release(self) -> None:
         """See `GraphPool`: the allocator decides what the kept graphs still need."""
         self._module.synchronize(self._device.index)
         self._module.empty_cache()
+        self._bytes_outside = self._bytes_in_use
         self._measure()
 
     def _measure(self) -> None:
@@ -102,6 +112,7 @@ class StreamBackend(Backend):
 
     default_dtype = "bf16"
     cache_memory_share = 0.5
+    has_graphs = True
     graph_class: str
     """The name of the device module's class of graphs."""
 

@@ -64,7 +64,7 @@ def bench_e2e(
     from hstu_cli.bench.session import benchmark_config
     from hstu_cli.charts import check_plot
     from hstu_cli.commands import bench
-    from hstu_cli.commands.opening import check_page_size, note_block_rows, open_run
+    from hstu_cli.commands.opening import note_block_rows, open_run
     from hstu_cli.kernels.append_pages import choose_append_impl
     from hstu_cli.model.lookups import choose_embedding
 
@@ -80,6 +80,7 @@ def bench_e2e(
         json_only=format is options.OutputFormat.json,
         output_json=output_json,
         metadata=metadata,
+        page_size=page_size,
     )
     choices = {choice.name: choice for choice in (choose_embedding(n, opened.backend.type) for n in _names(embedding))}
     preset = opened.choice.preset
@@ -89,7 +90,6 @@ def bench_e2e(
     workloads = [GrowingUsers(count, history_step, num_batches, candidates) for count in users]
     workloads[0].check(model_config)
     tokens = page_size or (preset.page_size if preset else 32)
-    check_page_size(opened, tokens)
     append = choose_append_impl(
         append_impl, opened.backend.type, opened.dtype, head_dim=model_config.head_dim, impl=impl
     )

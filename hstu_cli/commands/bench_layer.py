@@ -78,7 +78,7 @@ def bench_layer(
     from hstu_cli.bench.session import benchmark_config
     from hstu_cli.charts import check_plot
     from hstu_cli.commands import bench
-    from hstu_cli.commands.opening import check_page_size, note_block_rows, open_run
+    from hstu_cli.commands.opening import note_block_rows, open_run
     from hstu_cli.kernels.append_pages import choose_append_impl
 
     grid = LayerGrid(histories, shares, counts, sizes, cache_tier == "host", compare == "eager")
@@ -95,11 +95,11 @@ def bench_layer(
         json_only=format is options.OutputFormat.json,
         output_json=output_json,
         metadata=metadata,
+        page_size=page_size,
     )
     preset = opened.choice.preset
     model_config = benchmark_config(config, preset)
     tokens = page_size or (preset.page_size if preset else 32)
-    check_page_size(opened, tokens)
     append = choose_append_impl(
         append_impl, opened.backend.type, opened.dtype, head_dim=model_config.head_dim, impl=impl
     )

@@ -95,7 +95,6 @@ def infer(
     from hstu_cli.bench.requests import RequestSource
     from hstu_cli.bench.setup import CacheOptions, build_cache, random_model_for, unknown_context_ids
     from hstu_cli.commands.opening import (
-        check_page_size,
         note_block_rows,
         open_checkpoint,
         open_dataset,
@@ -125,12 +124,12 @@ def infer(
         json_only=format is options.OutputFormat.json,
         output_json=output_json,
         metadata=metadata,
+        page_size=page_size if kv_cache else None,
+        cuda_graph=bool(cuda_graph),
     )
     reporter, backend = opened.reporter, opened.backend
     chosen_embedding = choose_embedding(embedding, backend.type)
     choose_append_impl(append_impl, backend.type, opened.dtype, impl=impl)  # refused before data is read
-    if kv_cache:
-        check_page_size(opened, page_size)
     graph_choice = choose_graphs(cuda_graph, backend, opened.impl.name, cached=kv_cache)
     prepared = open_dataset(dataset, data_root, reporter)
     if checkpoint is not None:
@@ -199,9 +198,12 @@ def infer(
 
 
 def _warn_of_left_out(reporter: "Reporter", graphs: "CapturedBlock") -> None:
-    """Say for which steps memory did not suffice."""
-    for size in graphs.left_out:
-        reporter.warn(f"Memory did not suffice for the graph of steps of {size.num_tokens:,} tokens.")
+    """Say for which steps memory did not suffice, each in words of its own."""
+    for size in graphs.summary()["left_out"]:
+        sequences = f"{size['num_tokens']:,} tokens, {size['batch_size']:,} sequences"
+        if "pages_each" in size:
+            sequences += f" of {size['new_tokens_each']:,} new tokens and {size['pages_each']:,} pages"
+        reporter.warn(f"Memory did not suffice for the graph of steps of {sequences}.")
 
 
 def _tables(record: Mapping[str, Any]) -> "list[Table]":
@@ -220,7 +222,7 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
             "Implementation": f"{device['impl']} ({device['impl_reason']})",
             **strips_line(device),
             "Embedding": f"{record['embedding']['name']} ({record['embedding']['reason']})",
-            "CUDA graphs": _graphs_line(record["cuda_graph"]),
+            _graphs_label(device): _graphs_line(record["cuda_graph"]),
             "Requests": f"{record['num_requests']:,} in {record['num_batches']:,} batches",
             "Throughput": f"{format_value(record['throughput_rps'])} requests/s",
         },
@@ -241,15 +243,22 @@ def _tables(record: Mapping[str, Any]) -> "list[Table]":
     return [overview, speed, _cache_table(record["kv_cache"]), items, tasks]
 
 
+def _graphs_label(device: Mapping[str, Any]) -> str:
+    """What graphs are called; a CPU, which has none, is told what GPUs have."""
+    return "Graphs" if device["actual"].startswith("npu") else "CUDA graphs"
+
+
 def _graphs_line(graphs: Mapping[str, Any]) -> str:
     """What was captured and how often it was replayed, or why nothing was."""
     if not graphs["enabled"]:
         return f"off ({graphs['reason']})"
     sizes = [bucket["num_tokens"] for bucket in graphs["buckets"]]
     span = f"for up to {min(sizes):,} to {max(sizes):,} new tokens" if sizes else "for no step"
+    # Where sizes are learned: those that came when there were graphs enough.
+    beyond = f", {graphs['steps_beyond']:,} of them beyond the most shapes" if graphs.get("steps_beyond") else ""
     return (
         f"{graphs['captured_graphs']:,} {span}, {graphs['memory_bytes'] / 1e6:,.1f} MB, {graphs['replays']:,} replays, "
-        f"{graphs['eager_steps']:,} steps without ({graphs['reason']})"
+        f"{graphs['eager_steps']:,} steps without{beyond} ({graphs['reason']})"
     )
 
 

@@ -10,7 +10,10 @@ import torch
 from hstu_cli.backend import BACKENDS, DTYPES, Backend, DeviceChoice, open_device, resolve_dtype
 from hstu_cli.config import ModelConfig
 from hstu_cli.errors import UsageError
-from hstu_cli.kernels.dispatch import ImplChoice, check_possible, choose_impl
+from hstu_cli.kernels.attention.ascend import why_not_page_size
+from hstu_cli.kernels.attention.block_rows import block_rows_by_hand
+from hstu_cli.kernels.dispatch import AUTO, ImplChoice, check_possible, choose_impl
+from hstu_cli.model.graphs import why_not_captured
 from hstu_cli.report import Reporter, environment, parse_metadata
 
 if TYPE_CHECKING:
@@ -46,21 +49,30 @@ def open_run(
     metadata: Sequence[str] | None,
     gradients: bool = False,
     refused_impls: Mapping[str, str] | None = None,
+    page_size: int | None = None,
+    cuda_graph: bool = False,
 ) -> Opened:
     """Resolve the shared options, in the order in which their errors matter; warn where a preset's GPU is absent.
 
     gradients: the command needs an implementation that has them. refused_impls: those that it does not take, each
-    with what is said of it.
+    with what is said of it. page_size: of the cache, where there is one and the command line says so. cuda_graph:
+    graphs are asked for. UsageError for what the command line and `HSTU_BLOCK_ROWS` alone make impossible, which comes
+    before what is absent.
     """
-    named = device.lower().partition(":")[0]
-    if named in (kind.type for kind in BACKENDS):
-        # What the command line alone makes impossible is said before what is absent.
-        check_possible(impl, named, gradients=gradients, refused=refused_impls)
+    kind = next((kind for kind in BACKENDS if kind.type == device.lower().partition(":")[0]), None)
+    if kind is not None:
+        check_possible(impl, kind.type, gradients=gradients, refused=refused_impls)
+        if cuda_graph and impl != AUTO and kind.has_graphs and (reason := why_not_captured(impl, kind)):
+            raise UsageError(f"--cuda-graph: {reason}.")
+    if impl == "ascend" and page_size is not None and (reason := why_not_page_size(page_size)):
+        raise UsageError(f"--page-size {page_size}: {reason}.")
     choice = open_device(device, require=require_device)
     backend = choice.backend
     backend.tune_process()
     dtype_name = resolve_dtype(dtype, backend)
     implementation = choose_impl(impl, backend.type, gradients=gradients, refused=refused_impls)
+    if implementation.name == "blocked" and backend.few_shapes:
+        block_rows_by_hand()  # refused before hours of work
     reporter = Reporter(
         command, args, json_only=json_only, output_json=output_json, metadata=parse_metadata(list(metadata or []))
     )
@@ -80,20 +92,10 @@ def open_run(
     return Opened(reporter, choice, DTYPES[dtype_name], implementation)
 
 
-def check_page_size(opened: Opened, page_size: int) -> None:
-    """UsageError for pages that the implementation cannot read."""
-    if opened.impl.name != "ascend":
-        return
-    from hstu_cli.kernels.attention.ascend import why_not_page_size
-
-    if reason := why_not_page_size(page_size):
-        raise UsageError(f"--page-size {page_size}: {reason}.")
-
-
 def note_block_rows(opened: Opened, config: ModelConfig) -> None:
     """Have the strips of blocked attention measured for this model's heads where that is done; the record says them.
 
-    Before anything is timed or captured. UsageError for an `HSTU_BLOCK_ROWS` that is none.
+    Before anything is timed or captured.
     """
     if opened.impl.name != "blocked" or not opened.backend.few_shapes:
         return

@@ -68,7 +68,7 @@ def check_possible(
         refused |= dict.fromkeys(WITHOUT_TRAINING_LAYER, "computes no gradients")
 
     def is_taken(name: str) -> bool:
-        return name not in refused and _runs_on(name, device_type)
+        return name not in refused and runs_on(name, device_type)
 
     if requested == AUTO or (requested in IMPLEMENTATIONS and is_taken(requested)):
         return
@@ -76,7 +76,7 @@ def check_possible(
     listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
     if requested not in IMPLEMENTATIONS:
         raise UsageError(f"There is no implementation {requested!r}; choose {listed}.")
-    if not _runs_on(requested, device_type):
+    if not runs_on(requested, device_type):
         raise UsageError(
             f"Implementation {requested!r} runs on {RUNS_ON[requested][1]}, not on {device_type}; choose {listed}."
         )
@@ -132,7 +132,7 @@ def _fastest(device_type: str, build: bool, gradients: bool) -> ImplChoice:
     return ImplChoice("native", f"auto: the fastest implementation for cpu, {state.reason}")
 
 
-def _runs_on(name: str, device_type: str) -> bool:
+def runs_on(name: str, device_type: str) -> bool:
     """Whether an implementation is made for this type of device; Triton's interpreter lets it run on a CPU."""
     if name == "triton" and device_type == "cpu":
         return triton_state().available and is_interpreting()

@@ -68,21 +68,28 @@ class Tuner(Generic[C]):
         configs: Sequence[C],
         run: Callable[[C], object],
         source: str,
+        *more_sources: str,
     ) -> C:
         """The fastest of the configurations.
 
         kernel: what they are for. key: what the choice depends on; strings, numbers and the like, sizes rounded so
         that keys are few. configs: the choices, the best guess first, which is taken, and not kept, while a graph is
-        captured. run: computes with one of them; it may run any number of times. source: the file with the code that
-        runs; after a change to it everything is measured again. Raises UnavailableError where the device lacks
-        resources for all.
+        captured. run: computes with one of them; it may run any number of times. source and more_sources: the files
+        with the code that runs; after a change to one everything is measured again. Raises UnavailableError where the
+        device lacks resources for all, and whatever else `run` raises, running out of memory included: nothing is kept
+        then.
         """
         known = self._choices.get((kernel, key))
         if known is not None:
             return known[0]
         with self._lock:
             if (kernel, key) not in self._choices:
-                about = {**self._about, "kernel": kernel, "key": list(map(str, key)), "source": _hash_of_file(source)}
+                about = {
+                    **self._about,
+                    "kernel": kernel,
+                    "key": list(map(str, key)),
+                    "source": _hash_of_files(source, *more_sources),
+                }
                 chosen, reason = self._read(about, configs), "measured before"
                 if chosen is None:
                     if self._backend.is_capturing():
@@ -93,6 +100,11 @@ class Tuner(Generic[C]):
                 self._choices[kernel, key] = chosen, f"{reason} on {self._backend.device_name}"
             return self._choices[kernel, key][0]
 
+    def settle(self, kernel: str, key: tuple[Hashable, ...], config: C, reason: str) -> C:
+        """Take a configuration unmeasured for the rest of this process, for a reason; the next process measures."""
+        with self._lock:
+            return self._choices.setdefault((kernel, key), (config, reason))[0]
+
     def reason(self, kernel: str, key: tuple[Hashable, ...]) -> str | None:
         """Where a choice is from, as reports show it; None where none was made."""
         return self._choices.get((kernel, key), (None, None))[1]
@@ -102,8 +114,11 @@ class Tuner(Generic[C]):
         return (RuntimeError,)
 
     def is_too_large(self, error: Exception) -> bool:
-        """Whether a configuration failed because the device is too small for it, and others may not."""
-        return "out of memory" in str(error).lower()
+        """Whether a configuration failed because the device is too small for it, and others may not.
+
+        Memory that ran out is no such reason: it lacks at this moment, and the choice is kept for good.
+        """
+        return False
 
     def _measure(self, kernel: str, configs: Sequence[C], run: Callable[[C], object]) -> dict[C, float]:
         """Median milliseconds of each configuration that the device has the resources for."""
@@ -179,5 +194,5 @@ class Tuner(Generic[C]):
 
 
 @functools.cache
-def _hash_of_file(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _hash_of_files(*paths: str) -> str:
+    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()

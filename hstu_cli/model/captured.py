@@ -1,15 +1,16 @@
 """The block over cached steps as captured graphs: what all ways to choose the captured sizes have in common."""
 
+import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from hstu_cli.backend import Graph, GraphPool, packed
-from hstu_cli.errors import RunError, UnavailableError
+from hstu_cli.backend import BROKEN, Graph, GraphPool, packed
+from hstu_cli.errors import HstuError, RunError, UnavailableError
 from hstu_cli.kvcache import KVCacheManager
 from hstu_cli.kvcache.batch import PagedAttention
 from hstu_cli.model.layer import Attention, HSTUBlock
@@ -85,16 +86,19 @@ class CapturedBlock(ABC, Generic[Size]):
         """Capture everything anew.
 
         A size for which memory does not suffice is left out, and its steps run in a larger one or without a graph.
-        on_size: called with the sizes that are done and all of them.
+        on_size: called with the sizes that are done and all of them. CaptureFailedError where the device refuses.
         """
         start = time.perf_counter()
         sizes = list(self.sizes_to_capture())
-        self._captured, self.left_out, self._pool = {}, [], None
+        self._captured, self.left_out, self._weights, self._pool = {}, [], [], None
         self._capture_each(sizes, on_size)
         self.capture_ms = (time.perf_counter() - start) * 1e3
 
     def capture_pending(self) -> None:
-        """Capture what was put off until no step is under way; nothing where all is captured ahead."""
+        """Capture what was put off until no step is under way; nothing where all is captured ahead.
+
+        CaptureFailedError where the device refuses.
+        """
 
     @torch.no_grad()
     def run(self, x: torch.Tensor, attention: PagedAttention) -> torch.Tensor:
@@ -154,9 +158,15 @@ class CapturedBlock(ABC, Generic[Size]):
         return any(getattr(module, name).data_ptr() != address for module, name, address in self._weights)
 
     def _capture_each(self, sizes: Sequence[Size], on_size: Callable[[int, int], None]) -> None:
-        """Capture these sizes besides those that are there."""
-        if self._pool is None:
-            self._pool = self.cache.backend.graph_pool()
+        """Capture these sizes besides those that are there.
+
+        CaptureFailedError where the device refuses, for another reason than its memory.
+        """
+        with self._refusal_told():
+            if self._pool is None:
+                self._pool = self.cache.backend.graph_pool()
+            self._pool.begin_round()
+        if not self._weights:
             self._weights = [
                 (module, name, weight.data_ptr())
                 for module in self.layers.modules()
@@ -164,14 +174,29 @@ class CapturedBlock(ABC, Generic[Size]):
             ]
         for done, size in enumerate(sizes):
             on_size(done, len(sizes))
-            graphs = self._capture_if_it_fits(size)
-            if graphs is None:
-                self.left_out.append(size)
-                self._pool.release()  # of the graphs of layers that came before the one for which memory ran out
-            else:
-                self._captured[size] = graphs
+            with self._refusal_told():
+                graphs = self._capture_if_it_fits(size)
+                if graphs is None:
+                    self.left_out.append(size)
+                    self._pool.release()  # of the graphs of layers that came before the one for which memory ran out
+                else:
+                    self._captured[size] = graphs
         on_size(len(sizes), len(sizes))
-        self.cache.backend.synchronize()
+        with self._refusal_told():
+            self.cache.backend.synchronize()
+
+    @contextlib.contextmanager
+    def _refusal_told(self) -> Iterator[None]:
+        """Tell in one message what breaks a capture, be it in the device or in its Python module."""
+        try:
+            yield
+        except BROKEN as error:
+            if isinstance(error, HstuError):
+                raise
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise CaptureFailedError(
+                f"{self.cache.backend.device_name} captures no graph of a step: {reason}; run without graphs."
+            ) from error
 
     def _capture_if_it_fits(self, size: Size) -> list[Graph] | None:
         """The graphs of a size, or None where memory does not suffice."""

@@ -52,7 +52,7 @@ def choose_graphs(requested: bool | None, backend: Backend, impl: str, *, cached
     return GraphChoice(True, f"auto: impl {impl} can be captured")
 
 
-def why_not_captured(impl: str, backend: Backend, *, cached: bool = True) -> str | None:
+def why_not_captured(impl: str, backend: Backend | type[Backend], *, cached: bool = True) -> str | None:
     """Why a run with this implementation cannot be captured on such a device, as a clause; None where it can."""
     if not cached:
         return "graphs run cached steps alone, and there is no KV cache"

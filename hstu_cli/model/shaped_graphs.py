@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from hstu_cli.backend import prefers_few_shapes
+from hstu_cli.backend import Graph, prefers_few_shapes
 from hstu_cli.kernels import BatchPlan, PagePlan
 from hstu_cli.kernels.attention.groups import SEEN, Group, GroupedBatch, PaddedSize, groups_of, planned_groups
 from hstu_cli.kernels.buckets import bucket
 from hstu_cli.kvcache import KVCacheManager
 from hstu_cli.kvcache.batch import PagedAttention
 from hstu_cli.model.buckets import Bucket
-from hstu_cli.model.captured import CapturedBlock, CaptureFailedError, packed_length, packed_places, upload_packed
+from hstu_cli.model.captured import CapturedBlock, packed_length, packed_places, upload_packed
 from hstu_cli.model.cost import attention_flops, linear_flops
 from hstu_cli.model.graphs import GraphRunner
 from hstu_cli.model.layer import HSTUBlock
@@ -110,21 +110,12 @@ class ShapedGraphRunner(CapturedBlock[StepShape]):
 
     @torch.no_grad()
     def capture_pending(self) -> None:
-        """See `CapturedBlock`: shapes that came often enough; the engine calls this before a step.
-
-        CaptureFailedError where the device refuses, for another reason than its memory.
-        """
+        """See `CapturedBlock`: shapes that came often enough; the engine calls this before a step."""
         if not self._pending:
             return
         start = time.perf_counter()
         pending, self._pending = self._pending, []
-        try:
-            self._capture_each(sorted(pending, reverse=True), lambda done, total: None)
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise CaptureFailedError(
-                f"{self.cache.backend.device_name} captures no graph of a step: {reason}; run without graphs."
-            ) from error
+        self._capture_each(sorted(pending, reverse=True), lambda done, total: None)
         self.capture_ms += (time.perf_counter() - start) * 1e3
 
     def size_for(self, attention: PagedAttention) -> StepShape | None:
@@ -220,6 +211,13 @@ class ShapedGraphRunner(CapturedBlock[StepShape]):
             self._pending.append(shape)
         else:
             self.num_beyond += 1
+
+    def _capture_if_it_fits(self, size: StepShape) -> list[Graph] | None:
+        """See `CapturedBlock`: a shape that is left out keeps no buffer either."""
+        graphs = super()._capture_if_it_fits(size)
+        if graphs is None:
+            self._buffers.pop(size, None)
+        return graphs
 
     def _work(self, part: Sequence[tuple[int, torch.nn.Module]], x: torch.Tensor, attention: PagedAttention) -> None:
         """See `CapturedBlock`: masks are made where a graph begins, as lengths change, and kept nowhere beyond it."""

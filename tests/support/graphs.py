@@ -38,6 +38,7 @@ class RecordedPool:
     error: Exception = field(default_factory=lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
     captured: list[weakref.ref[RecordedGraph]] = field(default_factory=list)
     num_tried: int = 0
+    rounds: int = 0
     memory_bytes: int = 0
 
     @property
@@ -54,6 +55,9 @@ class RecordedPool:
         self.captured.append(weakref.ref(graph))
         self.memory_bytes += 1000
         return graph
+
+    def begin_round(self) -> None:
+        self.rounds += 1
 
     def release(self) -> None:
         self.memory_bytes = 1000 * len(self.graphs)

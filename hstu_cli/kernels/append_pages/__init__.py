@@ -4,9 +4,9 @@ import torch
 
 from hstu_cli.errors import UnavailableError, UsageError
 from hstu_cli.kernels.append_pages.flashinfer import why_unavailable as why_no_flashinfer
-from hstu_cli.kernels.dispatch import AUTO, ImplChoice
+from hstu_cli.kernels.dispatch import AUTO, RUNS_ON, ImplChoice, runs_on
 from hstu_cli.kernels.native.build import native_state
-from hstu_cli.kernels.triton.state import is_interpreting, triton_state
+from hstu_cli.kernels.triton.state import triton_state
 
 APPEND_IMPLEMENTATIONS = ("triton", "flashinfer", "native", "torch")
 """All implementations there are, in the order in which `auto` prefers those that run on a device."""
@@ -20,9 +20,13 @@ def choose_append_impl(
     head_dim: None where it is not known yet. impl: what `--impl` asks of the other operators; where that is no auto,
     auto follows it. Raises UsageError naming the choices, UnavailableError naming what is missing.
     """
-    if requested not in (AUTO, *APPEND_IMPLEMENTATIONS):
+    is_known = requested in (AUTO, *APPEND_IMPLEMENTATIONS)
+    if not is_known or not runs_on(requested, device_type):
         possible = [n for n in APPEND_IMPLEMENTATIONS if _why_not(n, device_type, dtype, head_dim) is None]
-        raise UsageError(f"There is no --append-impl {requested!r}; choose from {', '.join((AUTO, *possible))}.")
+        choices = f"choose from {', '.join((AUTO, *possible))}."
+        if not is_known:
+            raise UsageError(f"There is no --append-impl {requested!r}; {choices}")
+        raise UsageError(f"--append-impl {requested} runs on {RUNS_ON[requested][1]}, not on {device_type}; {choices}")
     if requested != AUTO:
         reason = _why_not(requested, device_type, dtype, head_dim)
         if reason is not None:
@@ -95,13 +99,9 @@ def _why_not(name: str, device_type: str, dtype: torch.dtype, head_dim: int | No
         return None
     if name == "flashinfer":
         return why_no_flashinfer(device_type, dtype, head_dim)
+    if not runs_on(name, device_type):
+        return f"{name} runs on {RUNS_ON[name][1]}, and this device is {device_type}"
     if name == "native":
-        if device_type != "cpu":
-            return f"native operators run on a CPU, and this device is {device_type}"
         state = native_state(build=False)
         return None if state.built else state.reason
-    if not triton_state().available:
-        return triton_state().reason
-    if device_type != "cuda" and not (device_type == "cpu" and is_interpreting()):
-        return f"Triton kernels run on NVIDIA GPUs, and this device is {device_type}"
-    return None
+    return None if triton_state().available else triton_state().reason

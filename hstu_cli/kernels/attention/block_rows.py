@@ -62,17 +62,17 @@ def choose_block_rows(
     num_heads: int,
     head_dim: int,
     run: Callable[[torch.Tensor, int], object],
-    source: str,
+    *sources: str,
 ) -> BlockRowsChoice:
     """The rows of a strip for heads like these, measured now if nobody did; not while a graph is captured.
 
     run: attention over one sequence of `MEASURED_TOKENS` for q = k = v [tokens, heads, head_dim], in strips of so many
-    rows. source: the file with its code. UsageError for an `HSTU_BLOCK_ROWS` that is no number of rows.
+    rows. sources: the files with its code. Where memory does not suffice to measure, it is the best guess for the rest
+    of this process. UsageError for an `HSTU_BLOCK_ROWS` that is no number of rows.
     """
-    if text := os.environ.get(VARIABLE):
-        if not text.isdecimal() or int(text) < 1:
-            raise UsageError(f"{VARIABLE} takes a number of rows from 1 on, not {text!r}.")
-        return BlockRowsChoice(int(text), f"{VARIABLE} says so")
+    by_hand = block_rows_by_hand()
+    if by_hand is not None:
+        return BlockRowsChoice(by_hand, f"{VARIABLE} says so")
     if device.type == "cpu":
         return BlockRowsChoice(blocked.BLOCK_ROWS, "what is best on a CPU")
     tuner, key = _tuner(device), (dtype, num_heads, head_dim)
@@ -82,10 +82,26 @@ def choose_block_rows(
         generator = torch.Generator().manual_seed(0)
         return torch.randn(MEASURED_TOKENS, num_heads, head_dim, generator=generator).to(device, dtype)
 
-    chosen = tuner.choose(KERNEL, key, CANDIDATES, lambda config: run(x(), config.num_rows), source)
+    try:
+        chosen = tuner.choose(KERNEL, key, CANDIDATES, lambda config: run(x(), config.num_rows), *sources)
+    except RuntimeError as error:  # torch's own class for it, or the driver's words
+        if "out of memory" not in str(error).lower():
+            raise
+        chosen = tuner.settle(KERNEL, key, CANDIDATES[0], "a guess: memory did not suffice to measure")
     return BlockRowsChoice(chosen.num_rows, tuner.reason(KERNEL, key) or "a guess while a graph is captured")
+
+
+def block_rows_by_hand() -> int | None:
+    """The rows that `HSTU_BLOCK_ROWS` asks for, None where it is not set; UsageError where it is no number of rows."""
+    text = os.environ.get(VARIABLE)
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"{VARIABLE} takes a number of rows from 1 on, not {text!r}.")
+    return int(text)
 
 
 @functools.cache
 def _tuner(device: torch.device) -> Tuner[BlockRows]:
-    return Tuner(backend_of(device), cache_folder() / "tuning", {"torch": torch.__version__})
+    backend = backend_of(device)
+    return Tuner(backend, cache_folder() / "tuning", backend.versions())

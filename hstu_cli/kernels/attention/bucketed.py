@@ -6,6 +6,8 @@ scattered by index, and all of it is planned once for all layers (`groups.py`). 
 that is cut off.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
@@ -17,6 +19,9 @@ from hstu_cli.kernels.paged_attention.plan import PagePlan
 
 # Shapes: a group of G sequences padded to R new tokens and P pages of S tokens, m = P S, N = m + R keys; T rows of q,
 # H heads, d head_dim.
+
+SOURCES = tuple(str(Path(__file__).with_name(name)) for name in ("bucketed.py", "groups.py", "blocked.py"))
+"""The files on which the time of a strip depends."""
 
 WITHOUT_CHOICE = min(config.num_rows for config in CANDIDATES)
 """Sequences of up to so many new tokens are one strip, whatever is chosen."""
@@ -54,7 +59,7 @@ def block_rows_for(device: torch.device, dtype: torch.dtype, num_heads: int, hea
 
     plans: dict[int, BatchPlan] = {}
     with torch.no_grad():
-        return choose_block_rows(device, dtype, num_heads, head_dim, run, __file__)
+        return choose_block_rows(device, dtype, num_heads, head_dim, run, *SOURCES)
 
 
 def _attend(
