@@ -165,7 +165,6 @@ class CapturedBlock(ABC, Generic[Size]):
         with self._refusal_told():
             if self._pool is None:
                 self._pool = self.cache.backend.graph_pool()
-            self._pool.begin_round()
         if not self._weights:
             self._weights = [
                 (module, name, weight.data_ptr())
@@ -175,6 +174,8 @@ class CapturedBlock(ABC, Generic[Size]):
         for done, size in enumerate(sizes):
             on_size(done, len(sizes))
             with self._refusal_told():
+                if done == 0 or not self.learns_sizes:  # ahead of all steps, what that costs does not matter
+                    self._pool.begin_round()
                 graphs = self._capture_if_it_fits(size)
                 if graphs is None:
                     self.left_out.append(size)
