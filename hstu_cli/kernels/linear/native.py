@@ -12,6 +12,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hstu_cli.kernels.linear import reference
 
+PART_COLUMNS = 32
+"""The C++ operator gives parts of a result places of their own where they are multiples of so many columns wide."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
@@ -27,10 +30,6 @@ _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> _Packed, as lo
 def forget(weight: torch.Tensor) -> None:
     """Pack this weight anew at its next use, after a write that torch does not count, as one through `weight.data`."""
     _packed.pop(weight, None)
-
-
-PART_COLUMNS = 32
-"""The C++ operator gives parts of a result places of their own where they are multiples of so many columns wide."""
 
 
 def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_parts: int) -> torch.Tensor:

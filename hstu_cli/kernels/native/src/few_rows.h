@@ -84,8 +84,8 @@ class FewRows : public MatrixRows {
       for (int64_t head = 0; head < num_heads; ++head) {
         Operands& left = left_[head * key_steps_ + step];
         if (even) {
-          const int64_t offset = head * keys->key_head_stride;
-          left = {keys[0].key + offset, keys[16].key + offset, STEP, stride};
+          left = {
+              keys[0].key + head * keys[0].key_head_stride, keys[16].key + head * keys[16].key_head_stride, STEP, stride};
         } else {
           bf16* copy = keys_ + (head * key_steps_ + step) * STEP * width_;
           copy_keys(keys, here, head, copy);
@@ -105,14 +105,14 @@ class FewRows : public MatrixRows {
     }
   }
 
-  // Bytes from each of 16 keys to the next; 0 where it varies, where their last step is not whole, or where so many are
+  // Bytes from each of 16 keys to the next; 0 where it varies for some head, where their last step is not whole, or where so many are
   // between them that a tile's rows meet in one set of the first-level cache.
   int64_t distance(const KeyRow<bf16>* keys) const {
     const auto place = [&](int64_t j) { return reinterpret_cast<intptr_t>(keys[j].key); };
     const int64_t bytes = place(1) - place(0);
     if (head_dim_ != width_ || bytes <= 0 || bytes % 4096 == 0) return 0;
     for (int64_t j = 2; j < 16; ++j) {
-      if (place(j) - place(j - 1) != bytes) return 0;
+      if (place(j) - place(j - 1) != bytes || keys[j].key_head_stride != keys[0].key_head_stride) return 0;
     }
     return bytes;
   }

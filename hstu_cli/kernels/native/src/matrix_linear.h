@@ -81,7 +81,7 @@ class LinearWorker {
     carve(sizes);
     Carver carver(scratch(sizes.used()));
     carve(carver);
-    // Results that no cache will hold go to memory directly: it need not be read first.
+    // Many results go past the caches: memory need not be read before they are written.
     stream_ = rows * weight.out >= 1 << 20 && part_width % 32 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
   }
 

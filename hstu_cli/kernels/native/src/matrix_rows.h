@@ -41,13 +41,11 @@ class MatrixRows {
   // Row i of sums, its channels in order: [width].
   void read_row(const float* sums, int64_t i, float* row) const {
     const float* tile = row_of(sums, i);
-    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     for (int64_t step = 0; step < steps_; ++step) {
       const __m512 even = _mm512_loadu_ps(tile + 2 * step * SUM_TILE);
       const __m512 odd = _mm512_loadu_ps(tile + (2 * step + 1) * SUM_TILE);
-      _mm512_storeu_ps(row + step * STEP, _mm512_permutex2var_ps(even, low, odd));
-      _mm512_storeu_ps(row + step * STEP + 16, _mm512_permutex2var_ps(even, high, odd));
+      _mm512_storeu_ps(row + step * STEP, in_order<0>(even, odd));
+      _mm512_storeu_ps(row + step * STEP + 16, in_order<1>(even, odd));
     }
   }
 
@@ -124,9 +122,7 @@ class MatrixRows {
       const bf16* second = j + 1 < count ? rows[j + 1].value + head * rows[j + 1].value_head_stride : nullptr;
       bf16* target = values + j / STEP * TILE + j % STEP / 2 * STEP;
       for (int64_t step = 0; step < steps_; ++step) {
-        const __m512i a = channels(first, step), b = channels(second, step);
-        _mm512_store_si512(target, _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
-        _mm512_store_si512(target + next, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
+        interleave_rows(channels(first, step), channels(second, step), target, target + next);
         target += 2 * next;
       }
     }

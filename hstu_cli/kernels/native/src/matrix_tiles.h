@@ -69,6 +69,7 @@ inline void zero_sums() {
 
 // Four tiles of sums as they lie in memory: two below two, so many floats between those below each other.
 inline void load_sums(const float* sums, int64_t below) {
+  asm volatile("" ::: "memory");  // as in add_products
   HSTU_LOAD_TILE(0, sums);
   HSTU_LOAD_TILE(1, sums + SUM_TILE);
   HSTU_LOAD_TILE(2, sums + below);
@@ -98,6 +99,7 @@ struct Operands {
 template <Reuse reuse = Reuse::both, typename steps_t, typename beside_t>
 inline __attribute__((always_inline)) void add_products(
     steps_t steps, const Operands& a, const Operands& b, const beside_t& beside) {
+  asm volatile("" ::: "memory");  // g++ does not know that tiles read memory: what was stored must be there
   for (int64_t i = 0; i < steps; ++i) {
     HSTU_LOAD_OPERAND(reuse == Reuse::right, 4, a.first + i * a.step, a.row_bytes);
     HSTU_LOAD_OPERAND(reuse == Reuse::left, 6, b.first + i * b.step, 64);

@@ -203,7 +203,8 @@ at::Tensor run_linear(
   const at::Tensor x = last_contiguous(x_any);
   const PackedWeight weight{out_width, x.size(1)};
   TORCH_CHECK_VALUE(
-      packed.numel() == weight.size() && packed.scalar_type() == at::kBFloat16, "weight packed for other widths");
+      packed.numel() == weight.size() && packed.scalar_type() == at::kBFloat16 && x.size(1) > 0,
+      "weight packed for other widths");
   TORCH_CHECK_VALUE(
       num_parts == 1 || (num_parts > 1 && out_width % (num_parts * PackedWeight::COLUMNS) == 0),
       "parts must have a multiple of 32 columns");

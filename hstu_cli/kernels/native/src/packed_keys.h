@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "plan.h"
+#include "scratch.h"
 #include "threads.h"
 
 namespace hstu {
@@ -35,12 +36,19 @@ class PackedKeys {
         num_chunks += wanted;
       }
       if (num_chunks > capacity_) {
-        memory_.reset(static_cast<scalar_t*>(::operator new[](num_chunks * chunk_size() * sizeof(scalar_t), ALIGNED)));
+        memory_.reset();  // first, or both were there at a time
+        capacity_ = 0;
+        const size_t bytes = num_chunks * chunk_size() * sizeof(scalar_t);
+        memory_.reset(static_cast<scalar_t*>(::operator new[](bytes, ALIGNED)));
+        advise_huge_pages(memory_.get(), bytes);
         capacity_ = num_chunks;
       }
       std::vector<Job> jobs;
       for (int64_t b = first; b < last; ++b) {
-        for (int64_t i = 0; places_[b] != NONE && i < chunks_of(b); ++i) jobs.push_back({b, i});
+        for (int64_t chunk = 0; places_[b] != NONE && chunk < chunks_of(b); ++chunk) {
+          // One head after the other: their keys lie side by side.
+          for (int64_t head = 0; head < batch_.num_heads; ++head) jobs.push_back({b, chunk, head});
+        }
       }
       parallel_for(static_cast<int64_t>(jobs.size()), 1, [&](int64_t begin, int64_t end) {
         std::vector<KeyRow<scalar_t>> rows(tiles_t::CHUNK_KEYS);
@@ -50,7 +58,7 @@ class PackedKeys {
     }
   }
 
-  // Whether a sequence's keys are here; else its tasks pack them for themselves.
+  // Whether a sequence's keys are here; else those of its tasks that have many rows pack them for themselves.
   bool has(int64_t sequence) const { return places_[sequence] != NONE; }
 
   // The chunk of a head that begins with a key.
@@ -67,19 +75,17 @@ class PackedKeys {
   };
 
   struct Job {
-    int64_t sequence, chunk;
+    int64_t sequence, chunk, head;
   };
 
   void pack_chunk(const Job& job, KeyRow<scalar_t>* rows) {
     const Sequence& s = batch_.sequences[job.sequence];
     const int64_t begin = job.chunk * tiles_t::CHUNK_KEYS, end = std::min(begin + tiles_t::CHUNK_KEYS, s.num_keys());
-    for (int64_t head = 0; head < batch_.num_heads; ++head) {  // side by side, so one after another
-      batch_.find_rows(s, head, begin, end, rows);
-      tiles_.many().pack(rows, end - begin, place(job.sequence, head, job.chunk));
-    }
+    batch_.find_rows(s, job.head, begin, end, rows);
+    tiles_.many().pack(rows, end - begin, place(job.sequence, job.head, job.chunk));
   }
 
-  // Whether the rows of a head are several tasks of many rows each.
+  // Whether the rows of a head are several tasks; all but perhaps the last have many rows.
   bool are_shared(int64_t sequence) const { return batch_.sequences[sequence].num_new > QUERY_ROWS; }
 
   int64_t chunks_of(int64_t sequence) const {

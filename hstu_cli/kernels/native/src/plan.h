@@ -62,7 +62,7 @@ struct Batch {
   std::vector<Sequence> sequences;
   int64_t num_heads, head_dim;
   double alpha, scaling_seqlen;
-  bool stream;  // whether results go to memory past the caches, which would not hold them
+  bool stream;  // whether results go past the caches: so many that reading memory before it is written costs more
 
   // Where keys [begin, end) of a sequence are, for heads from `head` on.
   void find_rows(const Sequence& s, int64_t head, int64_t begin, int64_t end, KeyRow<scalar_t>* row) const {

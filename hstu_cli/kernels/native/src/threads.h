@@ -21,8 +21,8 @@ int omp_get_thread_num();
 
 namespace hstu {
 
-// Calls run(begin, end) for parts of [0, count), each on a thread of its own; none but the last is smaller than `grain`.
-// The parts depend on the number of threads alone. What one of them throws is thrown here.
+// Calls run(begin, end) for equal parts of [0, count), each on a thread of its own: one for each thread of the team, but no
+// more than count / grain, rounded up. What one of them throws is thrown here.
 template <typename run_t>
 void parallel_for(int64_t count, int64_t grain, const run_t& run) {
   if (count <= 0) return;
