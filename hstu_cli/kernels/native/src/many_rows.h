@@ -117,8 +117,7 @@ class ManyRows : public MatrixRows {
       high = _mm512_mask_mov_ps(high, from(seen - 16), _mm512_setzero_ps());
     }
     _mm512_store_si512(
-        weights_ + i / 16 * WEIGHTS_APART + block.step * TILE + i % 16 * STEP,
-        reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+        weights_ + i / 16 * WEIGHTS_APART + block.step * TILE + i % 16 * STEP, round_to_bf16(low, high));
   }
 
   // Adds the values up by the weights of 32 rows, of which this is the last block.

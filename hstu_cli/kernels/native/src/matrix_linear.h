@@ -81,8 +81,7 @@ class LinearWorker {
     carve(sizes);
     Carver carver(scratch(sizes.used()));
     carve(carver);
-    // Many results go past the caches: memory need not be read before they are written.
-    stream_ = rows * weight.out >= 1 << 20 && part_width % 32 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+    stream_ = rows * weight.out >= STREAMED && part_width % 32 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
   }
 
   LinearWorker(const LinearWorker&) = delete;
@@ -185,7 +184,7 @@ class LinearWorker {
       const __m512 low = finish(_mm512_load_ps(tile), row, column, static_cast<__mmask16>(exist));
       const __m512 high =
           finish(_mm512_load_ps(tile + SUM_TILE), row, column + 16, static_cast<__mmask16>(exist >> 16));
-      const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+      const __m512i both = round_to_bf16(low, high);
       bf16* y = part + row * part_width_;
       if (stream_) {
         _mm512_stream_si512(reinterpret_cast<__m512i*>(y), both);

@@ -214,11 +214,7 @@ void multiply_matrices(const Matrix& left, bool transposed, const RightOperand& 
   });
 }
 
-inline __m512i round_to_bf16(__m512 low, __m512 high) {
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-}
-
-// Stores rows, past the caches where these would not hold them: then memory need not be read first.
+// Stores rows, past the caches where they are many: memory need not be read first then.
 struct StoreRows {
   bf16* data;
   int64_t stride;

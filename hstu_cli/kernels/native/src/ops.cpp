@@ -35,7 +35,7 @@ at::Tensor run(
               pages.size(2)};
   }
   if (out.numel()) {
-    const bool stream = out.numel() >= 1 << 20 && reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0;
+    const bool stream = out.numel() >= STREAMED && reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0;
     const Batch<scalar_t> batch{
         rows_of<scalar_t>(q), rows_of<scalar_t>(k), rows_of<scalar_t>(v), source, out.data_ptr<scalar_t>(),
         std::move(sequences), q.size(1), q.size(2), alpha, static_cast<double>(scaling_seqlen),

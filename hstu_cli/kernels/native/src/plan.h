@@ -9,6 +9,7 @@ namespace hstu {
 
 constexpr int64_t QUERY_ROWS = 512;  // the most rows of a task, over all its heads
 constexpr int64_t LEAST_KEYS = 256;  // no task gets fewer keys by sharing its rows
+constexpr int64_t STREAMED = 1 << 20;  // so many results go past the caches: memory need not be read before it is written
 constexpr int64_t ROW_STEP = 32;     // rows come in multiples of this: whole tiles
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -62,7 +63,7 @@ struct Batch {
   std::vector<Sequence> sequences;
   int64_t num_heads, head_dim;
   double alpha, scaling_seqlen;
-  bool stream;  // whether results go past the caches: so many that reading memory before it is written costs more
+  bool stream;  // whether results go past the caches, see STREAMED
 
   // Where keys [begin, end) of a sequence are, for heads from `head` on.
   void find_rows(const Sequence& s, int64_t head, int64_t begin, int64_t end, KeyRow<scalar_t>* row) const {

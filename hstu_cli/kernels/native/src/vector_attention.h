@@ -43,7 +43,7 @@ inline void multiply_block(
   }
 }
 
-// c [m, n] = a [m, k] b [k, n], or added to it; row-major. m and n are multiples of 16, as all tiles are.
+// c [m, n] = a [m, k] b [k, n], or added to it; row-major. m is a multiple of 16, n of a panel.
 template <typename real_t>
 void multiply(
     int64_t m, int64_t n, int64_t k, const real_t* a, int64_t lda, const real_t* b, int64_t ldb, real_t* c, int64_t ldc,
@@ -55,10 +55,10 @@ void multiply(
 #else
   constexpr int M = VECTOR_BYTES >= 64 ? 8 : 4, N = 2;
 #endif
+  static_assert(PANEL % (N * lanes) == 0);
   for (int64_t j = 0; j < n; j += N * lanes) {
     for (int64_t i = 0; i < m; i += M) {
-      const auto run = n - j >= N * lanes ? multiply_block<real_t, M, N> : multiply_block<real_t, M, 1>;
-      run(k, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, add);
+      multiply_block<real_t, M, N>(k, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, add);
     }
   }
 }
