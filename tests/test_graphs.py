@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graphs import GraphBackend, HostGraphRunner
-from support.growing_users import CONFIG, NUM_USERS, Users, small_model
+from support.growing_users import CONFIG, Users, relative, small_model, user_steps
 
 from hstu_cli.backend import Backend
 from hstu_cli.config import MODEL_PRESETS, ModelConfig
@@ -43,17 +43,7 @@ def make_engine(
     return InferenceEngine(model, "blocked", cache, graphs=runner), backend
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-
-
-steps = st.lists(
-    st.dictionaries(
-        st.integers(0, NUM_USERS - 1), st.tuples(st.integers(0, 12), st.integers(1, 14)), min_size=1, max_size=5
-    ),
-    min_size=1,
-    max_size=6,
-)
+steps = user_steps(6)
 
 
 @settings(max_examples=40)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.cli import record_of
-from support.growing_users import CONFIG, NUM_USERS, Users, small_model
+from support.growing_users import CONFIG, NUM_USERS, Users, relative, small_model
 
 from hstu_cli.backend import CudaBackend, Event
 from hstu_cli.bench.block import BlockWorkload, random_block
@@ -47,10 +47,6 @@ def engines(
         InferenceEngine(model, impl),
         InferenceEngine(exact, "reference"),
     )
-
-
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def random_steps(seed: int, count: int) -> list[dict[int, tuple[int, int]]]:

@@ -14,6 +14,7 @@ import torch
 from conftest import SAMPLE_MD5
 from support.cli import failure_of, invoke, record_of
 from support.deferred import DeferredBackend
+from support.growing_users import relative
 from support.implementations import PLACES, every_device
 
 from hstu_cli.backend import Backend, backend_of
@@ -66,10 +67,6 @@ def scores(engine: InferenceEngine, batches: list[list[UserRequest]], batch_size
             if engine.cache:
                 engine.cache.check_invariants()
     return np.concatenate(found)
-
-
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 Baseline = Callable[[str, str, torch.dtype, int], np.ndarray]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graphs import GraphBackend
-from support.growing_users import CONFIG, NUM_USERS, Users, small_model
+from support.growing_users import CONFIG, Users, relative, small_model, user_steps
 
 from hstu_cli.backend import Backend
 from hstu_cli.kernels import plan_batch, plan_pages
@@ -52,10 +52,6 @@ def make_engine(
     return InferenceEngine(model, "blocked", cache, graphs=runner), backend
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-
-
 def shapes_of_steps(engine: InferenceEngine) -> list[tuple[StepShape | None, bool]]:
     """A list that will hold the shape of each step from now on, and whether it replayed."""
     found: list[tuple[StepShape | None, bool]] = []
@@ -72,13 +68,7 @@ def shapes_of_steps(engine: InferenceEngine) -> list[tuple[StepShape | None, boo
     return found
 
 
-steps = st.lists(
-    st.dictionaries(
-        st.integers(0, NUM_USERS - 1), st.tuples(st.integers(0, 12), st.integers(1, 14)), min_size=1, max_size=5
-    ),
-    min_size=1,
-    max_size=8,
-)
+steps = user_steps(8)
 
 
 @settings(max_examples=30)
