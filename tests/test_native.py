@@ -127,6 +127,17 @@ def test_sequences_are_computed_as_if_they_were_alone(threads, num_threads: int)
 
 
 @pytest.mark.native
+def test_heads_are_computed_as_if_they_were_alone(threads) -> None:
+    # Packed, the keys of a long sequence's heads pass what is held at a time, so that its heads come in groups.
+    threads(1)
+    inputs = make_inputs(AttentionCase((1100, 40, 1030), (3, 0, 1), num_heads=16, head_dim=256), torch.bfloat16)
+    together = run(inputs, "native")
+    for head in (0, 1, 6, 7, 15):
+        q, k, v = (x[:, head : head + 1] for x in (inputs.q, inputs.k, inputs.v))
+        assert torch.equal(together[:, head : head + 1], run(dataclasses.replace(inputs, q=q, k=k, v=v), "native"))
+
+
+@pytest.mark.native
 def test_keys_of_pages_and_new_ones_whose_heads_lie_differently(threads) -> None:
     # 32 keys at a time, half of them in pages: as far apart as the new ones, whose heads are one and the same memory.
     threads(1)

@@ -109,8 +109,8 @@ class Worker {
       constexpr int64_t CHUNK = tiles_t::CHUNK_KEYS;
       const Sequence& s = batch_.sequences[task.sequence];
       const int64_t rows = task.padded_rows(), own_key = s.num_cached + task.row_begin;
-      const bool shared = packed_.has(task.sequence);
       for (int64_t head = task.head_begin; head < task.head_end; ++head) {
+        const bool shared = packed_.has(task.sequence, head);
         real_t* sums = all_sums + (head - task.head_begin) * rows * tiles_.sums_per_row();
         for (int64_t begin = task.key_begin, end; begin < task.key_end; begin = end) {
           const int64_t chunk_begin = begin / CHUNK * CHUNK;
@@ -121,7 +121,7 @@ class Worker {
             if (end < task.key_end) next = packed_.chunk(task.sequence, head, end);
           } else {
             batch_.find_rows(s, head, begin, end, key_rows_);
-            tiles_.many().pack(key_rows_, end - begin, chunk_);
+            tiles_.many().pack(key_rows_, end - begin, 1, chunk_, 0);
           }
           const int64_t first = shared ? begin - chunk_begin : 0;  // of these keys in the chunk
           tiles_.many().attend(
@@ -201,11 +201,12 @@ void attention(const Batch<typename tiles_t::scalar_type>& batch) {
   std::unique_ptr<real_t[]> partial_sums(new real_t[plan.num_partial_rows * sums_per_row]);
   PackedKeys<tiles_t> packed(batch);
   auto make = [&] { return Worker<tiles_t>(batch, packed, max_heads, partial_sums.get()); };
-  for (int64_t first = 0, last; first < static_cast<int64_t>(batch.sequences.size()); first = last) {
+  for (int64_t first = 0, last; first < packed.num_heads(); first = last) {
     last = packed.pack(first);
     std::vector<const Task*> tasks;
     for (const Task& task : plan.tasks) {
-      if (first <= task.sequence && task.sequence < last) tasks.push_back(&task);
+      const int64_t head = packed.index(task.sequence, task.head_begin);
+      if (first <= head && head < last) tasks.push_back(&task);
     }
     on_threads<tiles_t>(static_cast<int64_t>(tasks.size()), num_threads, make, [&](auto& worker, int64_t i) {
       worker.run(*tasks[i]);

@@ -62,7 +62,7 @@ class FewRows : public MatrixRows {
     settle(last);
     ahead_ = Ahead(keys.next_rows, keys.next_count, &KeyRow<bf16>::key, keys.num_heads * head_dim_);
     for (int64_t head = 0; head < keys.num_heads; ++head) {
-      load_values(keys.rows, keys.count, head, values_apart, values_);
+      load_values(keys.rows, keys.count, head, 1, values_apart, values_, 0);
       for (int64_t row = 0; row < padded_rows; row += ROW_STEP) {
         add_values<Reuse::both>(
             num_seen(row), weights_of(head, row), key_steps_ * TILE, values_, values_apart,

@@ -38,14 +38,21 @@ class ManyRows : public MatrixRows {
     }
   }
 
-  // Packs the keys and values of the first head of these rows. Zeros stand behind the last one.
-  void pack(const KeyRow<bf16>* rows, int64_t count, bf16* chunk) const {
+  // Packs the keys and values of some heads of these rows, each head's into a chunk of its own, so many elements apart.
+  // Rows are read in the order in which they lie, and the next ones fetched. Zeros stand behind the last one.
+  void pack(const KeyRow<bf16>* rows, int64_t count, int64_t num_heads, bf16* chunks, int64_t chunks_apart) const {
     for (int64_t j = 0; j < round_up(count, STEP); j += 16) {
-      load_transposed(
-          [&](int64_t i) { return rows[j + i].key; }, std::clamp<int64_t>(count - j, 0, 16), head_dim_,
-          chunk + j * width_);
+      const int64_t here = std::clamp<int64_t>(count - j, 0, 16), next = std::clamp<int64_t>(count - j - 16, 0, 16);
+      Ahead ahead(rows + j + here, next, &KeyRow<bf16>::key, num_heads * head_dim_);
+      for (int64_t head = 0; head < num_heads; ++head) {
+        const auto row = [&](int64_t i) {
+          ahead.fetch();
+          return rows[j + i].key + head * rows[j + i].key_head_stride;
+        };
+        load_transposed(row, here, head_dim_, chunks + head * chunks_apart + j * width_);
+      }
     }
-    load_values(rows, count, 0, VALUES_APART, chunk + CHUNK_KEYS * width_);
+    load_values(rows, count, 0, num_heads, VALUES_APART, chunks + CHUNK_KEYS * width_, chunks_apart);
   }
 
   // sums [rows, width] = SiLU(q k') v of a head's queries over keys [begin, end) of a chunk, or that is added; row i sees

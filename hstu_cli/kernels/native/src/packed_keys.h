@@ -10,45 +10,39 @@
 
 namespace hstu {
 
-// Holds those of some sequences at a time, so that a large batch needs no more memory than a long sequence. Tiles that
-// do not pack keys have all sequences at once, and nothing is held.
+// Holds the keys of some heads of some sequences at a time: few enough that the last-level cache still has them when
+// tasks meet them, enough for every thread to have tasks. Tiles that do not pack keys have all at once, and nothing is
+// held.
 template <typename tiles_t>
 class PackedKeys {
   using scalar_t = typename tiles_t::scalar_type;
 
  public:
   explicit PackedKeys(const Batch<scalar_t>& batch)
-      : batch_(batch), tiles_(batch.head_dim, batch.alpha), places_(batch.sequences.size(), NONE) {}
+      : batch_(batch), tiles_(batch.head_dim, batch.alpha), places_(batch.sequences.size() * batch.num_heads, NONE) {}
 
-  // Packs the keys of the next sequences, from `first` on; returns the end of those whose tasks can run now.
+  // How many heads all sequences have, which are packed in this order: those of a sequence, then those of the next.
+  int64_t num_heads() const { return static_cast<int64_t>(places_.size()); }
+
+  // Packs the keys of the next heads, from `first` on; returns the end of those whose tasks can run now.
   int64_t pack(int64_t first) {
-    const auto num_sequences = static_cast<int64_t>(batch_.sequences.size());
     if constexpr (!tiles_t::PACKS) {
-      return num_sequences;
+      return num_heads();
     } else {
+      const int64_t last = end_of_portion(first);
       std::fill(places_.begin(), places_.end(), NONE);
-      int64_t last = first, num_chunks = 0;
-      const int64_t most = std::max<int64_t>(1, MOST_BYTES / (chunk_size() * sizeof(scalar_t)));
-      for (; last < num_sequences; ++last) {
-        const int64_t wanted = are_shared(last) ? batch_.num_heads * chunks_of(last) : 0;
-        if (num_chunks && num_chunks + wanted > most) break;
-        if (wanted) places_[last] = num_chunks;
-        num_chunks += wanted;
+      int64_t held = 0;
+      for (int64_t head = first; head < last; ++head) {
+        if (!are_shared(head)) continue;
+        places_[head] = held;
+        held += chunks_of(head);
       }
-      if (num_chunks > capacity_) {
-        memory_.reset();  // first, or both were there at a time
-        capacity_ = 0;
-        const size_t bytes = num_chunks * chunk_size() * sizeof(scalar_t);
-        memory_.reset(static_cast<scalar_t*>(::operator new[](bytes, ALIGNED)));
-        advise_huge_pages(memory_.get(), bytes);
-        capacity_ = num_chunks;
-      }
+      reserve(held);
       std::vector<Job> jobs;
-      for (int64_t b = first; b < last; ++b) {
-        for (int64_t chunk = 0; places_[b] != NONE && chunk < chunks_of(b); ++chunk) {
-          // One head after the other: their keys lie side by side.
-          for (int64_t head = 0; head < batch_.num_heads; ++head) jobs.push_back({b, chunk, head});
-        }
+      for (int64_t begin = first, end; begin < last; begin = end) {
+        end = std::min(last, round_up(begin + 1, batch_.num_heads));
+        const int64_t num_chunks = are_shared(begin) ? chunks_of(begin) : 0;
+        for (int64_t chunk = 0; chunk < num_chunks; ++chunk) jobs.push_back({begin, end, chunk});
       }
       parallel_for(static_cast<int64_t>(jobs.size()), 1, [&](int64_t begin, int64_t end) {
         std::vector<KeyRow<scalar_t>> rows(tiles_t::CHUNK_KEYS);
@@ -58,16 +52,19 @@ class PackedKeys {
     }
   }
 
-  // Whether a sequence's keys are here; else those of its tasks that have many rows pack them for themselves.
-  bool has(int64_t sequence) const { return places_[sequence] != NONE; }
+  // Whether the keys of a head are here; else those of its tasks that have many rows pack them for themselves.
+  bool has(int64_t sequence, int64_t head) const { return places_[index(sequence, head)] != NONE; }
 
   // The chunk of a head that begins with a key.
   const scalar_t* chunk(int64_t sequence, int64_t head, int64_t key) const {
-    return place(sequence, head, key / tiles_t::CHUNK_KEYS);
+    return place(index(sequence, head), key / tiles_t::CHUNK_KEYS);
   }
 
+  // A head of a sequence among all.
+  int64_t index(int64_t sequence, int64_t head) const { return sequence * batch_.num_heads + head; }
+
  private:
-  static constexpr int64_t NONE = -1, MOST_BYTES = 64 << 20;
+  static constexpr int64_t NONE = -1, BYTES_PER_THREAD = 12 << 20;
   static constexpr std::align_val_t ALIGNED{64};
 
   struct Free {
@@ -75,32 +72,58 @@ class PackedKeys {
   };
 
   struct Job {
-    int64_t sequence, chunk, head;
+    int64_t head_begin, head_end, chunk;  // of one sequence
   };
 
-  void pack_chunk(const Job& job, KeyRow<scalar_t>* rows) {
-    const Sequence& s = batch_.sequences[job.sequence];
-    const int64_t begin = job.chunk * tiles_t::CHUNK_KEYS, end = std::min(begin + tiles_t::CHUNK_KEYS, s.num_keys());
-    batch_.find_rows(s, job.head, begin, end, rows);
-    tiles_.many().pack(rows, end - begin, place(job.sequence, job.head, job.chunk));
-  }
+  const Sequence& sequence_of(int64_t head) const { return batch_.sequences[head / batch_.num_heads]; }
 
   // Whether the rows of a head are several tasks; all but perhaps the last have many rows.
-  bool are_shared(int64_t sequence) const { return batch_.sequences[sequence].num_new > QUERY_ROWS; }
+  bool are_shared(int64_t head) const { return sequence_of(head).num_new > QUERY_ROWS; }
 
-  int64_t chunks_of(int64_t sequence) const {
-    return (batch_.sequences[sequence].num_keys() + tiles_t::CHUNK_KEYS - 1) / tiles_t::CHUNK_KEYS;
+  int64_t chunks_of(int64_t head) const {
+    return (sequence_of(head).num_keys() + tiles_t::CHUNK_KEYS - 1) / tiles_t::CHUNK_KEYS;
   }
 
-  scalar_t* place(int64_t sequence, int64_t head, int64_t chunk) const {
-    return memory_.get() + (places_[sequence] + head * chunks_of(sequence) + chunk) * chunk_size();
+  // Heads of a sequence lie side by side and are best read together: a portion is whole sequences, or the heads that fit
+  // of one that does not.
+  int64_t end_of_portion(int64_t first) const {
+    const int64_t most = BYTES_PER_THREAD * at::get_num_threads() / (chunk_size() * sizeof(scalar_t));
+    int64_t last = first;
+    for (int64_t chunks = 0; last < num_heads(); ++last) {
+      const int64_t wanted = are_shared(last) ? chunks_of(last) : 0;
+      if (chunks && chunks + wanted > most) break;
+      chunks += wanted;
+    }
+    const int64_t whole = last - last % batch_.num_heads;
+    return whole > first ? whole : last;
   }
+
+  void pack_chunk(const Job& job, KeyRow<scalar_t>* rows) {
+    const Sequence& s = sequence_of(job.head_begin);
+    const int64_t begin = job.chunk * tiles_t::CHUNK_KEYS, end = std::min(begin + tiles_t::CHUNK_KEYS, s.num_keys());
+    batch_.find_rows(s, job.head_begin % batch_.num_heads, begin, end, rows);
+    tiles_.many().pack(
+        rows, end - begin, job.head_end - job.head_begin, place(job.head_begin, job.chunk),
+        chunks_of(job.head_begin) * chunk_size());
+  }
+
+  void reserve(int64_t num_chunks) {
+    if (num_chunks <= capacity_) return;
+    memory_.reset();  // first, or both were there at a time
+    capacity_ = 0;
+    const size_t bytes = num_chunks * chunk_size() * sizeof(scalar_t);
+    memory_.reset(static_cast<scalar_t*>(::operator new[](bytes, ALIGNED)));
+    advise_huge_pages(memory_.get(), bytes);
+    capacity_ = num_chunks;
+  }
+
+  scalar_t* place(int64_t head, int64_t chunk) const { return memory_.get() + (places_[head] + chunk) * chunk_size(); }
 
   int64_t chunk_size() const { return tiles_.many().chunk_size(); }
 
   const Batch<scalar_t>& batch_;
   tiles_t tiles_;
-  std::vector<int64_t> places_;  // of each sequence's first chunk; NONE of one that is not held
+  std::vector<int64_t> places_;  // of each head's first chunk; NONE of one that is not held
   std::unique_ptr<scalar_t[], Free> memory_;
   int64_t capacity_ = 0;  // in chunks
 };
