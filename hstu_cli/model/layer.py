@@ -13,10 +13,10 @@ from hstu_cli.kernels import (
     LayerWeights,
     fused_hstu_layer,
     jagged_attention,
-    layer_norm,
     layer_norm_mul,
     linear_residual,
-    linear_silu,
+    norm_linear_silu,
+    norm_mul_linear_residual,
 )
 from hstu_cli.kernels.dispatch import wants_gradient
 
@@ -74,13 +74,17 @@ class HSTULayer(nn.Module):
         impl = attention.impl
         if isinstance(attention, JaggedAttention) and wants_gradient(x, *self.weights):
             return self._fused(x, attention)
-        norm, output_norm = self.input_norm, self.output_norm
-        normed = layer_norm(x, norm.weight, norm.bias, eps=norm.eps, impl=impl)  # [T, D]
-        u, *vqk = linear_silu(normed, self.uvqk.weight, self.uvqk.bias, num_parts=4, impl=impl)  # [T, H * d] each
+        norm, uvqk = self.input_norm, self.uvqk
+        u, *vqk = norm_linear_silu(
+            x, norm.weight, norm.bias, uvqk.weight, uvqk.bias, eps=norm.eps, num_parts=4, impl=impl
+        )  # [T, H * d] each
         v, q, k = (part.unflatten(1, (self.num_heads, self.head_dim)) for part in vqk)
         o = attention(layer, q, k, v).flatten(1)  # [T, H * d]
-        gated = layer_norm_mul(o, u, output_norm.weight, output_norm.bias, eps=output_norm.eps, impl=impl)
-        return linear_residual(F.dropout(gated, self.dropout, self.training), self.output.weight, x, impl=impl)
+        norm, weight = self.output_norm, self.output.weight
+        if self.dropout and self.training:
+            gated = layer_norm_mul(o, u, norm.weight, norm.bias, eps=norm.eps, impl=impl)
+            return linear_residual(F.dropout(gated, self.dropout), weight, x, impl=impl)
+        return norm_mul_linear_residual(o, u, norm.weight, norm.bias, weight, x, eps=norm.eps, impl=impl)
 
     @property
     def weights(self) -> LayerWeights:

@@ -19,9 +19,8 @@ def linear_silu(
       tuning finds torch's product faster.
     Raises ValueError for inputs that do not fit together.
     """
-    _check(x, weight, "bias", bias, weight.shape[:1])
-    if num_parts is not None and (num_parts < 1 or len(bias) % num_parts):
-        raise ValueError(f"{num_parts} parts do not divide {len(bias)} columns")
+    check_linear(x, weight, "bias", bias, weight.shape[:1])
+    check_parts(num_parts, bias)
     match choose_impl_for(impl, x, weight, bias):
         case "native":
             from hstu_cli.kernels.linear.native import linear_silu
@@ -37,7 +36,7 @@ def linear_residual(
     x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, *, impl: str = "auto"
 ) -> torch.Tensor:
     """`residual + x W'`: x [rows, in], weight [out, in], residual and result [rows, out]; else as `linear_silu`."""
-    _check(x, weight, "residual", residual, (*x.shape[:1], *weight.shape[:1]))
+    check_linear(x, weight, "residual", residual, (*x.shape[:1], *weight.shape[:1]))
     match choose_impl_for(impl, x, weight, residual):
         case "native":
             from hstu_cli.kernels.linear.native import linear_residual
@@ -48,9 +47,16 @@ def linear_residual(
     return linear_residual(x, weight, residual)
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, name: str, added: torch.Tensor, shape: tuple[int, ...]) -> None:
+def check_linear(x: torch.Tensor, weight: torch.Tensor, name: str, added: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """ValueError where x, a weight and what is added to their product, by name and of this shape, do not fit."""
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x must be [rows, in] and weight [out, in], not {list(x.shape)} and {list(weight.shape)}")
     if added.shape != torch.Size(shape):
         raise ValueError(f"{name} must be {list(shape)}, not {list(added.shape)}")
     check_alike(f"weight and {name}", x, weight, added)
+
+
+def check_parts(num_parts: int | None, bias: torch.Tensor) -> None:
+    """ValueError where so many parts do not divide the columns of a result."""
+    if num_parts is not None and (num_parts < 1 or len(bias) % num_parts):
+        raise ValueError(f"{num_parts} parts do not divide {len(bias)} columns")

@@ -37,10 +37,8 @@ def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_p
     if x.dtype != torch.bfloat16 or x.numel() == 0:
         return reference.linear_silu(x, weight, bias, num_parts)
     if torch.ops.hstu_native.has_bf16_tiles():
-        packed = _packed_weight(weight, torch.ops.hstu_native.pack_weight)
-        apart = num_parts if len(bias) % (num_parts * PART_COLUMNS) == 0 else 1
-        y = torch.ops.hstu_native.linear_silu(x, packed, bias, apart)
-        return y if apart == num_parts else reference.in_parts(y[0], num_parts)
+        packed = packed_tiles(weight)
+        return in_places(lambda apart: torch.ops.hstu_native.linear_silu(x, packed, bias, apart), len(bias), num_parts)
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed = _packed_weight(weight, torch.ops.mkldnn._reorder_linear_weight)
         y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "swish", [], "")
@@ -53,12 +51,26 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tenso
     if x.dtype != torch.bfloat16 or x.numel() == 0:
         return reference.linear_residual(x, weight, residual)
     if torch.ops.hstu_native.has_bf16_tiles():
-        packed = _packed_weight(weight, torch.ops.hstu_native.pack_weight)
-        return torch.ops.hstu_native.linear_residual(x, packed, residual)
+        return torch.ops.hstu_native.linear_residual(x, packed_tiles(weight), residual)
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed = _packed_weight(weight, torch.ops.mkldnn._reorder_linear_weight)
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, None, "add")
     return reference.linear_residual(x, weight, residual)
+
+
+def packed_tiles(weight: torch.Tensor) -> torch.Tensor:
+    """A bf16 weight as the C++ operators multiply it in matrix units; packed at its first use."""
+    return _packed_weight(weight, torch.ops.hstu_native.pack_weight)
+
+
+def in_places(compute: Callable[[int], torch.Tensor], columns: int, num_parts: int) -> torch.Tensor:
+    """Parts of a result of so many columns, each in a place of its own where the C++ operator can do that.
+
+    compute: takes a number of parts to [parts, rows, columns / parts].
+    """
+    if columns % (num_parts * PART_COLUMNS) == 0:
+        return compute(num_parts)
+    return reference.in_parts(compute(1)[0], num_parts)
 
 
 def _packed_weight(weight: torch.Tensor, pack: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

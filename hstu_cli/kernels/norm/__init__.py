@@ -16,7 +16,7 @@ def layer_norm(
     impl: `auto` or a name from `hstu_cli.kernels.dispatch.IMPLEMENTATIONS`.
     Raises ValueError for inputs that do not fit together.
     """
-    _check(x, weight, bias, x)
+    check_norm(x, weight, bias, x)
     match choose_impl_for(impl, x, weight, bias):
         case "native":
             from hstu_cli.kernels.norm.native import layer_norm
@@ -31,7 +31,7 @@ def layer_norm_mul(
     x: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float, impl: str = "auto"
 ) -> torch.Tensor:
     """`LayerNorm(x) * u`: u like x, [rows, width]; else as `layer_norm`."""
-    _check(x, weight, bias, u)
+    check_norm(x, weight, bias, u)
     match choose_impl_for(impl, x, u, weight, bias):
         case "native":
             from hstu_cli.kernels.norm.native import layer_norm_mul
@@ -42,7 +42,8 @@ def layer_norm_mul(
     return layer_norm_mul(x, u, weight, bias, eps)
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, u: torch.Tensor) -> None:
+def check_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, u: torch.Tensor) -> None:
+    """ValueError where the input of a norm, its parameters and what multiplies its result do not fit together."""
     if x.dim() != 2 or weight.shape != x.shape[1:] or bias.shape != x.shape[1:]:
         shapes = f"{list(x.shape)}, {list(weight.shape)} and {list(bias.shape)}"
         raise ValueError(f"x must be [rows, width], weight and bias [width], not {shapes}")

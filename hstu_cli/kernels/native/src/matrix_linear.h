@@ -7,6 +7,7 @@
 
 #include <atomic>
 
+#include "rows.h"
 #include "threads.h"
 
 namespace hstu {
@@ -63,14 +64,74 @@ struct AddResidual {
   }
 };
 
+// Rows that are read next, brought closer line by line beside what is computed.
+struct Fetched {
+  const bf16* row;
+  int64_t stride, width, c = 0;
+
+  void fetch() {
+    _mm_prefetch(row + c, _MM_HINT_T1);
+    c += STEP;
+    if (c < width) return;
+    c = 0;
+    row += stride;
+  }
+};
+
+// Rows as they lie.
+struct PlainRows {
+  const bf16* x;
+  int64_t stride;
+
+  // Up to 16 rows as tiles, one for each 32 channels and so far apart; zeros behind the last row and channel. Tile by tile,
+  // as lines of one row in all tiles would meet in few sets of the first-level cache.
+  void load(int64_t row, int64_t count, int64_t width, bf16* tile, int64_t tiles_apart) const {
+    for (int64_t c = 0; c < width; c += STEP, tile += tiles_apart) {
+      for (int64_t i = 0; i < 16; ++i) {
+        const __m512i values = i < count ? load_channels(x + (row + i) * stride, c, width) : _mm512_setzero_si512();
+        _mm512_store_si512(tile + i * STEP, values);
+      }
+    }
+  }
+};
+
+// The layer norm of rows, times u where there is one, taken on their way into tiles: no memory holds it.
+struct NormedRows {
+  const bf16 *x, *u;
+  int64_t x_stride, u_stride;
+  const float *weight, *bias;  // as `NormParameters` has them
+  double eps;
+
+  // See `PlainRows`.
+  void load(int64_t row, int64_t count, int64_t width, bf16* tile, int64_t tiles_apart) const {
+    RowNorm norms[16];
+    for (int64_t i = 0; i < count; ++i) norms[i] = RowNorm(x + (row + i) * x_stride, eps, width);
+    const bf16* factors = u == nullptr ? nullptr : u + row * u_stride;
+    Fetched next_x{x + (row + 16) * x_stride, x_stride, width}, next_u{nullptr, u_stride, width};
+    if (factors != nullptr) next_u.row = factors + 16 * u_stride;
+    for (int64_t c = 0; c < width; c += STEP, tile += tiles_apart) {
+      const NormBlock block(weight + c, bias + c);
+      const __mmask32 exist = first_of_32(width - c);
+      for (int64_t i = 0; i < count; ++i) {
+        const bf16* factor = factors == nullptr ? nullptr : factors + i * u_stride + c;
+        const __m512i values = block(norms[i], x + (row + i) * x_stride + c, factor, exist);
+        _mm512_store_si512(tile + i * STEP, _mm512_maskz_mov_epi16(exist, values));
+        next_x.fetch();
+        if (factors != nullptr) next_u.fetch();
+      }
+      for (int64_t i = count; i < 16; ++i) _mm512_store_si512(tile + i * STEP, _mm512_setzero_si512());
+    }
+  }
+};
+
 // Multiplies groups of rows, brought into tiles once, with blocks of 32 columns.
+template <typename source_t>
 class LinearWorker {
  public:
   LinearWorker(
-      const bf16* x, int64_t x_stride, int64_t rows, const bf16* packed, const PackedWeight& weight, bf16* y,
-      int64_t part_width, int64_t group_rows)
-      : x_(x),
-        x_stride_(x_stride),
+      const source_t& source, int64_t rows, const bf16* packed, const PackedWeight& weight, bf16* y, int64_t part_width,
+      int64_t group_rows)
+      : source_(source),
         rows_(rows),
         packed_(packed),
         weight_(weight),
@@ -160,13 +221,9 @@ class LinearWorker {
   // Rows as left operands: [rows / 32][steps][2].
   void load(int64_t row_begin) {
     const int64_t count = std::min(group_rows_, rows_ - row_begin), steps = weight_.steps();
-    for (int64_t i = 0; i < round_up(count, 32); ++i) {
-      const bf16* row = x_ + (row_begin + i) * x_stride_;
-      bf16* tile = tiles_ + i / 32 * 2 * steps * TILE + i % 32 * STEP;
-      for (int64_t step = 0; step < steps; ++step, tile += 2 * TILE) {
-        _mm512_store_si512(
-            tile, i < count ? load_channels(row, step * STEP, weight_.in) : _mm512_setzero_si512());
-      }
+    for (int64_t i = 0; i < round_up(count, 32); i += 16) {
+      bf16* tiles = tiles_ + i / 32 * 2 * steps * TILE + i % 32 / 16 * TILE;
+      source_.load(row_begin + i, std::clamp<int64_t>(count - i, 0, 16), weight_.in, tiles, 2 * TILE);
     }
     loaded_ = row_begin;
   }
@@ -194,8 +251,8 @@ class LinearWorker {
     }
   }
 
-  const bf16* x_;
-  int64_t x_stride_, rows_;
+  source_t source_;
+  int64_t rows_;
   const bf16* packed_;
   const PackedWeight& weight_;
   bf16* y_;
@@ -206,13 +263,15 @@ class LinearWorker {
   TileSession session_;
 };
 
-// y [out / part_width, rows, part_width] = finish(x W'), columns in parts of as many, of which all are multiples of 32 or
-// there is one; x [rows, in] with contiguous rows `x_stride` apart.
-template <typename finish_t>
+constexpr int64_t GROUP_ROWS = 512;  // the most that are multiplied at a time; of so many or fewer each thread takes all
+
+// y [out / part_width, rows, part_width] = finish(x W') of the rows of a source, [rows, in], columns in parts of as many,
+// of which all are multiples of 32 or there is one.
+template <typename source_t, typename finish_t>
 void linear(
-    const bf16* x, int64_t x_stride, int64_t rows, const bf16* packed, const PackedWeight& weight, bf16* y,
-    int64_t part_width, const finish_t& finish) {
-  constexpr int64_t GROUP_ROWS = 512, TASKS_PER_THREAD = 8;
+    const source_t& source, int64_t rows, const bf16* packed, const PackedWeight& weight, bf16* y, int64_t part_width,
+    const finish_t& finish) {
+  constexpr int64_t TASKS_PER_THREAD = 8;
   const int64_t threads = at::get_num_threads(), least = (rows + GROUP_ROWS - 1) / GROUP_ROWS;
   // As many groups for each thread; of a single one all threads take some columns.
   const int64_t groups = least == 1 ? 1 : round_up(least, threads);
@@ -222,7 +281,7 @@ void linear(
   std::atomic<int64_t> next{0};
   parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) {
-      LinearWorker worker(x, x_stride, rows, packed, weight, y, part_width, group_rows);
+      LinearWorker<source_t> worker(source, rows, packed, weight, y, part_width, group_rows);
       for (int64_t i = next++; i < groups * parts; i = next++) {
         if (i / parts * group_rows >= rows) break;
         const int64_t first = std::min(i % parts * part_blocks, weight.blocks());

@@ -96,30 +96,46 @@ at::Tensor paged_attention(
   }
 }
 
+// A layer norm's input, parameters and, where there is one, what its result is multiplied with, checked.
+struct NormedInput {
+  at::Tensor x, u, weight, bias;
+  double eps;
+
+  NormedInput(
+      const at::Tensor& x_any, const std::optional<at::Tensor>& u_any, const at::Tensor& weight_any,
+      const at::Tensor& bias_any, double eps)
+      : eps(eps) {
+    TORCH_CHECK_VALUE(x_any.dim() == 2 && x_any.is_cpu(), "x must be [rows, width] on the CPU");
+    x = last_contiguous(x_any);
+    weight = weight_any.contiguous();
+    bias = bias_any.contiguous();
+    for (const at::Tensor& parameter : {weight, bias}) {
+      const bool fits = parameter.numel() == x.size(1) && parameter.scalar_type() == x.scalar_type();
+      TORCH_CHECK_VALUE(fits, "weight and bias must be like a row of x");
+    }
+    if (u_any) {
+      check_like(x, *u_any);
+      u = last_contiguous(*u_any);
+    }
+  }
+
+  at::Tensor run() const {
+    at::Tensor out = at::empty(x.sizes(), x.options());
+    if (!out.numel()) return out;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "layer_norm", [&] {
+      layer_norm<scalar_t>(
+          x.const_data_ptr<scalar_t>(), x.stride(0), u.defined() ? u.const_data_ptr<scalar_t>() : nullptr,
+          u.defined() ? u.stride(0) : 0, weight.const_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(), eps,
+          x.size(0), x.size(1), out.data_ptr<scalar_t>());
+    });
+    return out;
+  }
+};
+
 at::Tensor norm(
-    const at::Tensor& x_any, const std::optional<at::Tensor>& u_any, const at::Tensor& weight_any,
-    const at::Tensor& bias_any, double eps) {
-  TORCH_CHECK_VALUE(x_any.dim() == 2 && x_any.is_cpu(), "x must be [rows, width] on the CPU");
-  const at::Tensor x = last_contiguous(x_any), weight = weight_any.contiguous(), bias = bias_any.contiguous();
-  const int64_t width = x.size(1);
-  for (const at::Tensor& parameter : {weight, bias}) {
-    const bool fits = parameter.numel() == width && parameter.scalar_type() == x.scalar_type();
-    TORCH_CHECK_VALUE(fits, "weight and bias must be like a row of x");
-  }
-  at::Tensor u;
-  if (u_any) {
-    check_like(x, *u_any);
-    u = last_contiguous(*u_any);
-  }
-  at::Tensor out = at::empty(x.sizes(), x.options());
-  if (!out.numel()) return out;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "layer_norm", [&] {
-    layer_norm<scalar_t>(
-        x.const_data_ptr<scalar_t>(), x.stride(0), u.defined() ? u.const_data_ptr<scalar_t>() : nullptr,
-        u.defined() ? u.stride(0) : 0, weight.const_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(), eps,
-        x.size(0), width, out.data_ptr<scalar_t>());
-  });
-  return out;
+    const at::Tensor& x, const std::optional<at::Tensor>& u, const at::Tensor& weight, const at::Tensor& bias,
+    double eps) {
+  return NormedInput(x, u, weight, bias, eps).run();
 }
 
 // Rows of k and v, [tokens, heads, head_dim], to slots of pages [num_pages, 2, page_size, heads, head_dim].
@@ -195,12 +211,11 @@ at::Tensor pack_weight(const at::Tensor& weight_any) {
   return packed;
 }
 
-// [num_parts, rows, out / num_parts]
-template <typename finish_t>
+// Of the rows of a source, which x is or becomes: [num_parts, rows, out / num_parts].
+template <typename source_t, typename finish_t>
 at::Tensor run_linear(
-    const at::Tensor& x_any, const at::Tensor& packed, int64_t out_width, int64_t num_parts, const finish_t& finish) {
-  check_bf16_rows(x_any, "x");
-  const at::Tensor x = last_contiguous(x_any);
+    const at::Tensor& x, const source_t& source, const at::Tensor& packed, int64_t out_width, int64_t num_parts,
+    const finish_t& finish) {
   const PackedWeight weight{out_width, x.size(1)};
   TORCH_CHECK_VALUE(
       packed.numel() == weight.size() && packed.scalar_type() == at::kBFloat16 && x.size(1) > 0,
@@ -210,26 +225,70 @@ at::Tensor run_linear(
       "parts must have a multiple of 32 columns");
   at::Tensor y = at::empty({num_parts, x.size(0), out_width / num_parts}, x.options());
   if (y.numel()) {
-    linear(
-        x.const_data_ptr<bf16>(), x.stride(0), x.size(0), packed.const_data_ptr<bf16>(), weight, y.data_ptr<bf16>(),
-        y.size(2), finish);
+    linear(source, x.size(0), packed.const_data_ptr<bf16>(), weight, y.data_ptr<bf16>(), y.size(2), finish);
   }
   return y;
 }
 
-at::Tensor linear_silu(
-    const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias_any, int64_t num_parts) {
-  TORCH_CHECK_VALUE(bias_any.dim() == 1 && bias_any.scalar_type() == at::kBFloat16, "bias must be bf16 [out]");
-  const at::Tensor bias = bias_any.contiguous();
-  return run_linear(x, packed, bias.size(0), num_parts, BiasSilu{bias.const_data_ptr<bf16>()});
+template <typename finish_t>
+at::Tensor run_linear(
+    const at::Tensor& x_any, const at::Tensor& packed, int64_t out_width, int64_t num_parts, const finish_t& finish) {
+  check_bf16_rows(x_any, "x");
+  const at::Tensor x = last_contiguous(x_any);
+  return run_linear(
+      x, PlainRows{x.const_data_ptr<bf16>(), x.stride(0)}, packed, out_width, num_parts, finish);
 }
 
-at::Tensor linear_residual(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& residual_any) {
+// Of the layer norm of rows. So few that every thread multiplies all of them are normed first, by all threads together.
+template <typename finish_t>
+at::Tensor run_linear(
+    const NormedInput& norm, const at::Tensor& packed, int64_t out_width, int64_t num_parts, const finish_t& finish) {
+  check_bf16_rows(norm.x, "x");
+  const int64_t width = norm.x.size(1);
+  if (norm.x.size(0) <= GROUP_ROWS) return run_linear(norm.run(), packed, out_width, num_parts, finish);
+  const NormParameters<bf16> parameters(norm.weight.const_data_ptr<bf16>(), norm.bias.const_data_ptr<bf16>(), width);
+  const NormedRows source{
+      norm.x.const_data_ptr<bf16>(), norm.u.defined() ? norm.u.const_data_ptr<bf16>() : nullptr, norm.x.stride(0),
+      norm.u.defined() ? norm.u.stride(0) : 0, parameters.weight(), parameters.bias(), norm.eps};
+  return run_linear(norm.x, source, packed, out_width, num_parts, finish);
+}
+
+// Takes x, or a norm and its x, to SiLU(x W' + b).
+template <typename rows_t>
+at::Tensor run_linear_silu(const rows_t& rows, const at::Tensor& packed, const at::Tensor& bias_any, int64_t num_parts) {
+  TORCH_CHECK_VALUE(bias_any.dim() == 1 && bias_any.scalar_type() == at::kBFloat16, "bias must be bf16 [out]");
+  const at::Tensor bias = bias_any.contiguous();
+  return run_linear(rows, packed, bias.size(0), num_parts, BiasSilu{bias.const_data_ptr<bf16>()});
+}
+
+template <typename rows_t>
+at::Tensor run_linear_residual(
+    const rows_t& rows, int64_t num_rows, const at::Tensor& packed, const at::Tensor& residual_any) {
   check_bf16_rows(residual_any, "residual");
-  TORCH_CHECK_VALUE(residual_any.size(0) == x.size(0), "residual must have as many rows as x");
+  TORCH_CHECK_VALUE(residual_any.size(0) == num_rows, "residual must have as many rows as x");
   const at::Tensor residual = last_contiguous(residual_any);
   const AddResidual finish{residual.const_data_ptr<bf16>(), residual.stride(0)};
-  return run_linear(x, packed, residual.size(1), 1, finish).squeeze(0);
+  return run_linear(rows, packed, residual.size(1), 1, finish).squeeze(0);
+}
+
+at::Tensor linear_silu(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias, int64_t num_parts) {
+  return run_linear_silu(x, packed, bias, num_parts);
+}
+
+at::Tensor linear_residual(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& residual) {
+  return run_linear_residual(x, x.size(0), packed, residual);
+}
+
+at::Tensor norm_linear_silu(
+    const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
+    const at::Tensor& packed, const at::Tensor& bias, int64_t num_parts) {
+  return run_linear_silu(NormedInput(x, std::nullopt, norm_weight, norm_bias, eps), packed, bias, num_parts);
+}
+
+at::Tensor norm_mul_linear_residual(
+    const at::Tensor& x, const at::Tensor& u, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
+    const at::Tensor& packed, const at::Tensor& residual) {
+  return run_linear_residual(NormedInput(x, u, norm_weight, norm_bias, eps), x.size(0), packed, residual);
 }
 #endif
 
@@ -246,6 +305,12 @@ TORCH_LIBRARY(hstu_native, library) {
   library.def("pack_weight(Tensor weight) -> Tensor");
   library.def("linear_silu(Tensor x, Tensor packed, Tensor bias, int num_parts) -> Tensor");
   library.def("linear_residual(Tensor x, Tensor packed, Tensor residual) -> Tensor");
+  library.def(
+      "norm_linear_silu(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor packed, Tensor bias, "
+      "int num_parts) -> Tensor");
+  library.def(
+      "norm_mul_linear_residual(Tensor x, Tensor u, Tensor norm_weight, Tensor norm_bias, float eps, Tensor packed, "
+      "Tensor residual) -> Tensor");
   library.def("multiply_tiles(int repeats) -> int", &hstu::multiply_tiles);
 #endif
 }
@@ -258,5 +323,7 @@ TORCH_LIBRARY_IMPL(hstu_native, CPU, library) {
   library.impl("pack_weight", &hstu::pack_weight);
   library.impl("linear_silu", &hstu::linear_silu);
   library.impl("linear_residual", &hstu::linear_residual);
+  library.impl("norm_linear_silu", &hstu::norm_linear_silu);
+  library.impl("norm_mul_linear_residual", &hstu::norm_mul_linear_residual);
 #endif
 }

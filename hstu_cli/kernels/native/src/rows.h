@@ -11,6 +11,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "bf16_norm.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -57,8 +58,8 @@ inline real_t sum_of_lanes(at::vec::Vectorized<real_t> v) {
 
 // out = (x - mean) / sqrt(variance + eps) * weight + bias, times u where there is one, in three passes over a row of
 // which the first alone reads memory. wide: [width], for what a narrow dtype is widened to.
-template <typename scalar_t, bool gated>
-void norm_row(
+template <bool gated, typename scalar_t>
+void norm_row_with(
     const scalar_t* x, const scalar_t* u, const wide_t<scalar_t>* weight, const wide_t<scalar_t>* bias, double eps,
     int64_t width, wide_t<scalar_t>* wide, scalar_t* out) {
   using real_t = wide_t<scalar_t>;
@@ -118,24 +119,57 @@ void norm_row(
   }
 }
 
+// See `norm_row_with`; bf16_norm.h has another one for bf16, and of the next function too.
+template <typename scalar_t>
+void norm_row(
+    const scalar_t* x, const scalar_t* u, const wide_t<scalar_t>* weight, const wide_t<scalar_t>* bias, double eps,
+    int64_t width, wide_t<scalar_t>* wide, scalar_t* out) {
+  if (u != nullptr) {
+    norm_row_with<true>(x, u, weight, bias, eps, width, wide, out);
+  } else {
+    norm_row_with<false>(x, u, weight, bias, eps, width, wide, out);
+  }
+}
+
+// A norm's parameter of width elements as `norm_row` wants it, [width rounded up to 32].
+template <typename scalar_t>
+void widen_parameter(const scalar_t* x, int64_t width, wide_t<scalar_t>* wide) {
+  widen(x, width, wide);
+}
+
+// A norm's weight and bias as rows are normed with them.
+template <typename scalar_t>
+class NormParameters {
+ public:
+  using real_t = wide_t<scalar_t>;
+
+  NormParameters(const scalar_t* weight, const scalar_t* bias, int64_t width)
+      : padded_((width + 31) / 32 * 32), values_(new real_t[2 * padded_]) {
+    widen_parameter(weight, width, values_.get());
+    widen_parameter(bias, width, values_.get() + padded_);
+  }
+
+  const real_t* weight() const { return values_.get(); }
+  const real_t* bias() const { return values_.get() + padded_; }
+
+ private:
+  int64_t padded_;
+  std::unique_ptr<real_t[]> values_;
+};
+
 // out [rows, width] = LayerNorm(x), times u where there is one; the rows of x and u lie so far apart.
 template <typename scalar_t>
 void layer_norm(
     const scalar_t* x, int64_t x_stride, const scalar_t* u, int64_t u_stride, const scalar_t* weight,
     const scalar_t* bias, double eps, int64_t rows, int64_t width, scalar_t* out) {
   using real_t = wide_t<scalar_t>;
-  std::unique_ptr<real_t[]> parameters(new real_t[2 * width]);
-  widen(weight, width, parameters.get());
-  widen(bias, width, parameters.get() + width);
+  const NormParameters<scalar_t> parameters(weight, bias, width);
   parallel_for(rows, std::max<int64_t>(1, ROW_GRAIN / width), [&](int64_t begin, int64_t end) {
     std::unique_ptr<real_t[]> wide(new real_t[width]);
-    const real_t *w = parameters.get(), *b = w + width;
     for (int64_t i = begin; i < end; ++i) {
-      if (u != nullptr) {
-        norm_row<scalar_t, true>(x + i * x_stride, u + i * u_stride, w, b, eps, width, wide.get(), out + i * width);
-      } else {
-        norm_row<scalar_t, false>(x + i * x_stride, u, w, b, eps, width, wide.get(), out + i * width);
-      }
+      const scalar_t* factors = u == nullptr ? nullptr : u + i * u_stride;
+      norm_row(
+          x + i * x_stride, factors, parameters.weight(), parameters.bias(), eps, width, wide.get(), out + i * width);
     }
   });
 }

@@ -1,0 +1,37 @@
+"""Norm and product in one pass, in bf16 where there are matrix units: rows are normed on their way into tiles."""
+
+import torch
+
+from hstu_cli.kernels.linear.native import in_places, packed_tiles
+
+
+def norm_linear_silu(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    num_parts: int,
+) -> torch.Tensor:
+    """See `hstu_cli.kernels.norm_linear.norm_linear_silu`."""
+    packed = packed_tiles(weight)
+
+    def compute(apart: int) -> torch.Tensor:
+        return torch.ops.hstu_native.norm_linear_silu(x, norm_weight, norm_bias, eps, packed, bias, apart)
+
+    return in_places(compute, len(bias), num_parts)
+
+
+def norm_mul_linear_residual(
+    x: torch.Tensor,
+    u: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+) -> torch.Tensor:
+    """See `hstu_cli.kernels.norm_linear.norm_mul_linear_residual`."""
+    packed = packed_tiles(weight)
+    return torch.ops.hstu_native.norm_mul_linear_residual(x, u, norm_weight, norm_bias, eps, packed, residual)
