@@ -44,6 +44,8 @@ inline __m512 load_as_float(const bf16* x, __mmask16 exist) {
 
 // What becomes of 16 sums of a row from `column` on, of which those in `exist` are results.
 struct BiasSilu {
+  static constexpr int64_t MOST_ROWS = 512;  // in tiles at a time, in the second-level cache
+
   const bf16* bias;
 
   void fetch(int64_t /*row*/, int64_t /*column*/) const {}
@@ -54,10 +56,15 @@ struct BiasSilu {
 };
 
 struct AddResidual {
+  static constexpr int64_t MOST_ROWS = 256;  // leaves room for as many rows of the residual
+
   const bf16* residual;
   int64_t stride;
 
-  void fetch(int64_t row, int64_t column) const { _mm_prefetch(residual + row * stride + column, _MM_HINT_T0); }
+  // What the next columns need: from memory it takes too long for these.
+  void fetch(int64_t row, int64_t column) const {
+    _mm_prefetch(residual + row * stride + column + PackedWeight::COLUMNS, _MM_HINT_T1);
+  }
 
   __m512 operator()(__m512 sums, int64_t row, int64_t column, __mmask16 exist) const {
     return _mm512_add_ps(sums, load_as_float(residual + row * stride + column, exist));
@@ -263,8 +270,6 @@ class LinearWorker {
   TileSession session_;
 };
 
-constexpr int64_t GROUP_ROWS = 512;  // the most that are multiplied at a time; of so many or fewer each thread takes all
-
 // y [out / part_width, rows, part_width] = finish(x W') of the rows of a source, [rows, in], columns in parts of as many,
 // of which all are multiples of 32 or there is one.
 template <typename source_t, typename finish_t>
@@ -272,7 +277,7 @@ void linear(
     const source_t& source, int64_t rows, const bf16* packed, const PackedWeight& weight, bf16* y, int64_t part_width,
     const finish_t& finish) {
   constexpr int64_t TASKS_PER_THREAD = 8;
-  const int64_t threads = at::get_num_threads(), least = (rows + GROUP_ROWS - 1) / GROUP_ROWS;
+  const int64_t threads = at::get_num_threads(), least = (rows + finish_t::MOST_ROWS - 1) / finish_t::MOST_ROWS;
   // As many groups for each thread; of a single one all threads take some columns.
   const int64_t groups = least == 1 ? 1 : round_up(least, threads);
   const int64_t group_rows = round_up((rows + groups - 1) / groups, 32);

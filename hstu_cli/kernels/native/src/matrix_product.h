@@ -147,13 +147,11 @@ class ProductWorker {
       }
       return;
     }
-    for (int64_t i = 0; i < round_up(count, 32); ++i) {
-      for (int64_t step = 0; step < steps; ++step) {
-        bf16* tile = tile_at(i / 32 * 32, step, steps) + i % 32 * STEP;
-        const int64_t column = (chunk + step) * STEP;
-        _mm512_store_si512(
-            tile, i < count ? load_channels(left_.row(row_begin + i), column, left_.columns) : _mm512_setzero_si512());
-      }
+    const PlainRows rows{left_.data + chunk * STEP, left_.stride};
+    const int64_t width = std::min(steps * STEP, left_.columns - chunk * STEP);
+    for (int64_t i = 0; i < round_up(count, 32); i += 16) {
+      bf16* tiles = tile_at(i / 32 * 32, 0, steps) + i % 32 / 16 * TILE;
+      rows.load(row_begin + i, std::clamp<int64_t>(count - i, 0, 16), width, tiles, 2 * TILE);
     }
   }
 

@@ -245,7 +245,7 @@ at::Tensor run_linear(
     const NormedInput& norm, const at::Tensor& packed, int64_t out_width, int64_t num_parts, const finish_t& finish) {
   check_bf16_rows(norm.x, "x");
   const int64_t width = norm.x.size(1);
-  if (norm.x.size(0) <= GROUP_ROWS) return run_linear(norm.run(), packed, out_width, num_parts, finish);
+  if (norm.x.size(0) <= finish_t::MOST_ROWS) return run_linear(norm.run(), packed, out_width, num_parts, finish);
   const NormParameters<bf16> parameters(norm.weight.const_data_ptr<bf16>(), norm.bias.const_data_ptr<bf16>(), width);
   const NormedRows source{
       norm.x.const_data_ptr<bf16>(), norm.u.defined() ? norm.u.const_data_ptr<bf16>() : nullptr, norm.x.stride(0),
