@@ -27,6 +27,7 @@ from hstu_cli.kernels.attention.cases import ATTENTION_CASES, AttentionCase, mak
 from hstu_cli.kernels.dispatch import choose_impl
 from hstu_cli.kernels.linear import linear_residual, linear_silu
 from hstu_cli.kernels.norm import layer_norm, layer_norm_mul
+from hstu_cli.kernels.norm_linear import norm_linear_silu, norm_mul_linear_residual
 from hstu_cli.kernels.paged_attention.cases import PAGED_CASES, PagedCase, make_paged_inputs
 from hstu_cli.report import environment
 from hstu_cli.timing import Case, latency_summary, measure, paired_ratio
@@ -93,6 +94,9 @@ def row_operators(dtype: torch.dtype) -> Iterator[Operator]:
         yield "linear + residual", case, partial(linear_residual, x, square, u.flatten(1))
         yield "layer norm", case, partial(layer_norm, x, weight, bias, eps=1e-6)
         yield "layer norm x u", case, partial(layer_norm_mul, x, u.flatten(1), weight, bias, eps=1e-6)
+        yield "norm + linear + SiLU", case, partial(norm_linear_silu, x, weight, bias, wide, wide_bias, eps=1e-6)
+        gated = partial(norm_mul_linear_residual, x, u.flatten(1), weight, bias, square, x, eps=1e-6)
+        yield "norm x u + linear + residual", case, gated
         yield "append", case, partial(append_to_pages, k, v, places, pages, places)
 
 

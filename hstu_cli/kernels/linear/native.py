@@ -38,7 +38,9 @@ def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_p
         return reference.linear_silu(x, weight, bias, num_parts)
     if torch.ops.hstu_native.has_bf16_tiles():
         packed = packed_tiles(weight)
-        return in_places(lambda apart: torch.ops.hstu_native.linear_silu(x, packed, bias, apart), len(bias), num_parts)
+        return in_separate_parts(
+            lambda parts: torch.ops.hstu_native.linear_silu(x, packed, bias, parts), len(bias), num_parts
+        )
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed = _packed_weight(weight, torch.ops.mkldnn._reorder_linear_weight)
         y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "swish", [], "")
@@ -63,8 +65,8 @@ def packed_tiles(weight: torch.Tensor) -> torch.Tensor:
     return _packed_weight(weight, torch.ops.hstu_native.pack_weight)
 
 
-def in_places(compute: Callable[[int], torch.Tensor], columns: int, num_parts: int) -> torch.Tensor:
-    """Parts of a result of so many columns, each in a place of its own where the C++ operator can do that.
+def in_separate_parts(compute: Callable[[int], torch.Tensor], columns: int, num_parts: int) -> torch.Tensor:
+    """Parts of a result of so many columns, each in memory of its own where the C++ operator can do that.
 
     compute: takes a number of parts to [parts, rows, columns / parts].
     """

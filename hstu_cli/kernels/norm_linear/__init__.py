@@ -1,4 +1,4 @@
-"""A layer norm and the linear layer that reads it: in one pass over the rows where an implementation does both."""
+"""A layer norm and the linear layer that reads it: one operator where an implementation does both at once."""
 
 import torch
 
@@ -22,7 +22,7 @@ def norm_linear_silu(
 
     The norm is rounded to the dtype before it is multiplied: the result is that of the two operators, bit for bit.
     """
-    if _is_one_pass(impl, x, norm_weight, norm_bias, weight, bias):
+    if _is_one_operator(impl, x, norm_weight, norm_bias, weight, bias):
         check_norm(x, norm_weight, norm_bias, x)
         check_linear(x, weight, "bias", bias, weight.shape[:1])
         check_parts(num_parts, bias)
@@ -45,10 +45,11 @@ def norm_mul_linear_residual(
     eps: float,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """`residual + (LayerNorm(x) * u) W'`: x and u [rows, in], norm_weight and norm_bias [in]; else as
-    `layer_norm_mul` and `linear_residual`, whose result it is, bit for bit.
+    """`residual + (LayerNorm(x) * u) W'`: x and u [rows, in], norm_weight and norm_bias [in].
+
+    Else as `layer_norm_mul` and `linear_residual`, whose result it is, bit for bit.
     """
-    if _is_one_pass(impl, x, u, norm_weight, norm_bias, weight, residual):
+    if _is_one_operator(impl, x, u, norm_weight, norm_bias, weight, residual):
         check_norm(x, norm_weight, norm_bias, u)
         check_linear(x, weight, "residual", residual, (*x.shape[:1], *weight.shape[:1]))
         from hstu_cli.kernels.norm_linear.native import norm_mul_linear_residual
@@ -58,7 +59,7 @@ def norm_mul_linear_residual(
     return linear_residual(gated, weight, residual, impl=impl)
 
 
-def _is_one_pass(impl: str, *tensors: torch.Tensor) -> bool:
+def _is_one_operator(impl: str, *tensors: torch.Tensor) -> bool:
     x = tensors[0]
     if x.dtype != torch.bfloat16 or x.numel() == 0 or choose_impl_for(impl, *tensors) != "native":
         return False

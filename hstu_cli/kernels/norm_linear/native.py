@@ -1,8 +1,8 @@
-"""Norm and product in one pass, in bf16 where there are matrix units: rows are normed on their way into tiles."""
+"""Norm and product as one operator, in bf16 with matrix units: many rows are normed on their way into tiles."""
 
 import torch
 
-from hstu_cli.kernels.linear.native import in_places, packed_tiles
+from hstu_cli.kernels.linear.native import in_separate_parts, packed_tiles
 
 
 def norm_linear_silu(
@@ -17,10 +17,10 @@ def norm_linear_silu(
     """See `hstu_cli.kernels.norm_linear.norm_linear_silu`."""
     packed = packed_tiles(weight)
 
-    def compute(apart: int) -> torch.Tensor:
-        return torch.ops.hstu_native.norm_linear_silu(x, norm_weight, norm_bias, eps, packed, bias, apart)
+    def compute(parts: int) -> torch.Tensor:
+        return torch.ops.hstu_native.norm_linear_silu(x, norm_weight, norm_bias, eps, packed, bias, parts)
 
-    return in_places(compute, len(bias), num_parts)
+    return in_separate_parts(compute, len(bias), num_parts)
 
 
 def norm_mul_linear_residual(

@@ -203,7 +203,7 @@ void attention(const Batch<typename tiles_t::scalar_type>& batch) {
   auto make = [&] { return Worker<tiles_t>(batch, packed, max_heads, partial_sums.get()); };
   for (int64_t first = 0, last; first < packed.num_heads(); first = last) {
     last = packed.pack(first);
-    std::vector<const Task*> tasks;
+    std::vector<const Task*> tasks;  // of rows so many that each is of one head where keys are held
     for (const Task& task : plan.tasks) {
       const int64_t head = packed.index(task.sequence, task.head_begin);
       if (first <= head && head < last) tasks.push_back(&task);

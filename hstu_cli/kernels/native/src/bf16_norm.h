@@ -1,11 +1,10 @@
 // The layer norm of a row of bf16 in vectors that convert to it (AVX-512 BF16).
 //
-// 32 elements become 16 even and 16 odd ones, by a shift and a mask instead of moves between lanes. They are widened anew
-// in each of three passes, which is less work than to keep them in float32.
+// 32 elements become 16 even and 16 odd ones, by a shift and a mask instead of moves between lanes. They are widened
+// anew in each of three passes, which is less work than to keep them in float32.
 #pragma once
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
-#define HSTU_BF16_NORM
 
 #include <ATen/core/Tensor.h>
 #include <immintrin.h>
@@ -14,17 +13,19 @@
 #include <cmath>
 #include <cstdint>
 
+#include "vectors.h"
+
 namespace hstu {
 
 // Elements 2 i and 2 i + 1 of 32.
-struct Apart {
+struct EvenOdd {
   __m512 even, odd;
 
-  explicit Apart(__m512i pairs)
+  explicit EvenOdd(__m512i pairs)
       : even(_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))),
         odd(_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)))) {}
 
-  Apart(const at::BFloat16* x, __mmask32 exist) : Apart(_mm512_maskz_loadu_epi16(exist, x)) {}
+  EvenOdd(const at::BFloat16* x, __mmask32 exist) : EvenOdd(_mm512_maskz_loadu_epi16(exist, x)) {}
 };
 
 inline __m512i join_as_bf16(__m512 even, __m512 odd) {
@@ -33,13 +34,10 @@ inline __m512i join_as_bf16(__m512 even, __m512 odd) {
   return _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even)));
 }
 
-// Which of 32 elements exist where so many are left.
-inline __mmask32 first_of_32(int64_t left) { return left >= 32 ? 0xffffffff : (__mmask32(1) << left) - 1; }
-
 // A norm's parameter as `NormBlock` wants it, [width rounded up to 32]: of 32 the even ones first.
 inline void widen_parameter(const at::BFloat16* x, int64_t width, float* wide) {
   for (int64_t i = 0; i < width; i += 32) {
-    const Apart values(x + i, first_of_32(width - i));
+    const EvenOdd values(x + i, first_of_32(width - i));
     _mm512_storeu_ps(wide + i, values.even);
     _mm512_storeu_ps(wide + i + 16, values.odd);
   }
@@ -62,24 +60,24 @@ struct RowNorm {
       std::fill_n(sums, 4, _mm512_setzero_ps());
       int64_t i = 0;
       for (; i + 64 <= width; i += 64) {
-        add(Apart(x + i, -1), sums, -1, -1);
-        add(Apart(x + i + 32, -1), sums + 2, -1, -1);
+        add(EvenOdd(x + i, -1), sums, -1, -1);
+        add(EvenOdd(x + i + 32, -1), sums + 2, -1, -1);
       }
       if (i < whole) {
-        add(Apart(x + i, -1), sums, -1, -1);
+        add(EvenOdd(x + i, -1), sums, -1, -1);
         i += 32;
       }
       if (rest) {
         const __mmask32 even = _pext_u32(rest, 0x55555555), odd = _pext_u32(rest, 0xaaaaaaaa);
-        add(Apart(x + i, rest), sums, static_cast<__mmask16>(even), static_cast<__mmask16>(odd));
+        add(EvenOdd(x + i, rest), sums, static_cast<__mmask16>(even), static_cast<__mmask16>(odd));
       }
     };
-    add_all([](const Apart& v, __m512* to, __mmask16 /*even*/, __mmask16 /*odd*/) {
+    add_all([](const EvenOdd& v, __m512* to, __mmask16 /*even*/, __mmask16 /*odd*/) {
       to[0] = _mm512_add_ps(to[0], v.even);
       to[1] = _mm512_add_ps(to[1], v.odd);
     });
     mean = _mm512_set1_ps(total() / static_cast<float>(width));
-    add_all([this](const Apart& v, __m512* to, __mmask16 even, __mmask16 odd) {
+    add_all([this](const EvenOdd& v, __m512* to, __mmask16 even, __mmask16 odd) {
       const __m512 a = _mm512_maskz_sub_ps(even, v.even, mean), b = _mm512_maskz_sub_ps(odd, v.odd, mean);
       to[0] = _mm512_fmadd_ps(a, a, to[0]);
       to[1] = _mm512_fmadd_ps(b, b, to[1]);
@@ -100,13 +98,13 @@ struct NormBlock {
 
   // The norm of 32 elements of a row, times u where there is one.
   __m512i operator()(const RowNorm& row, const at::BFloat16* x, const at::BFloat16* u, __mmask32 exist) const {
-    const Apart v(x, exist);
+    const EvenOdd v(x, exist);
     const auto normed = [&](__m512 part, __m512 weight, __m512 bias) {
       return _mm512_fmadd_ps(_mm512_mul_ps(_mm512_sub_ps(part, row.mean), row.scale), weight, bias);
     };
     __m512 even = normed(v.even, even_weight, even_bias), odd = normed(v.odd, odd_weight, odd_bias);
     if (u != nullptr) {
-      const Apart factor(u, exist);
+      const EvenOdd factor(u, exist);
       even = _mm512_mul_ps(even, factor.even);
       odd = _mm512_mul_ps(odd, factor.odd);
     }

@@ -62,7 +62,9 @@ class FewRows : public MatrixRows {
     settle(last);
     ahead_ = Ahead(keys.next_rows, keys.next_count, &KeyRow<bf16>::key, keys.num_heads * head_dim_);
     for (int64_t head = 0; head < keys.num_heads; ++head) {
-      load_values(keys.rows, keys.count, head, 1, values_apart, values_, 0);
+      for (int64_t pair = 0; pair < 16 * key_steps_; ++pair) {
+        load_pair(keys.rows, keys.count, pair, head, values_apart, values_, [] {});
+      }
       for (int64_t row = 0; row < padded_rows; row += ROW_STEP) {
         add_values<Reuse::both>(
             num_seen(row), weights_of(head, row), key_steps_ * TILE, values_, values_apart,
@@ -105,8 +107,8 @@ class FewRows : public MatrixRows {
     }
   }
 
-  // Bytes from each of 16 keys to the next; 0 where it varies for some head, where their last step is not whole, or where so many are
-  // between them that a tile's rows meet in one set of the first-level cache.
+  // Bytes from each of 16 keys to the next; 0 where it varies for some head, where their last step is not whole, or
+  // where so many are between them that a tile's rows meet in one set of the first-level cache.
   int64_t distance(const KeyRow<bf16>* keys) const {
     const auto place = [&](int64_t j) { return reinterpret_cast<intptr_t>(keys[j].key); };
     const int64_t bytes = place(1) - place(0);

@@ -52,7 +52,15 @@ class ManyRows : public MatrixRows {
         load_transposed(row, here, head_dim_, chunks + head * chunks_apart + j * width_);
       }
     }
-    load_values(rows, count, 0, num_heads, VALUES_APART, chunks + CHUNK_KEYS * width_, chunks_apart);
+    constexpr int64_t ROWS_AHEAD = 4;
+    for (int64_t pair = 0; pair < round_up(count, STEP) / 2; ++pair) {
+      const int64_t next = std::clamp<int64_t>(count - 2 * pair - ROWS_AHEAD, 0, 2);
+      Ahead ahead(rows + (next ? 2 * pair + ROWS_AHEAD : 0), next, &KeyRow<bf16>::value, num_heads * head_dim_);
+      for (int64_t head = 0; head < num_heads; ++head) {
+        bf16* values = chunks + head * chunks_apart + CHUNK_KEYS * width_;
+        load_pair(rows, count, pair, head, VALUES_APART, values, [&] { ahead.fetch(); });
+      }
+    }
   }
 
   // sums [rows, width] = SiLU(q k') v of a head's queries over keys [begin, end) of a chunk, or that is added; row i sees

@@ -72,7 +72,7 @@ struct AddResidual {
 };
 
 // Rows that are read next, brought closer line by line beside what is computed.
-struct Fetched {
+struct RowsAhead {
   const bf16* row;
   int64_t stride, width, c = 0;
 
@@ -90,8 +90,8 @@ struct PlainRows {
   const bf16* x;
   int64_t stride;
 
-  // Up to 16 rows as tiles, one for each 32 channels and so far apart; zeros behind the last row and channel. Tile by tile,
-  // as lines of one row in all tiles would meet in few sets of the first-level cache.
+  // Up to 16 rows as tiles, one for each 32 channels and so far apart; zeros behind the last row and channel. Tile by
+  // tile, as lines of one row in all tiles would meet in few sets of the first-level cache.
   void load(int64_t row, int64_t count, int64_t width, bf16* tile, int64_t tiles_apart) const {
     for (int64_t c = 0; c < width; c += STEP, tile += tiles_apart) {
       for (int64_t i = 0; i < 16; ++i) {
@@ -114,7 +114,7 @@ struct NormedRows {
     RowNorm norms[16];
     for (int64_t i = 0; i < count; ++i) norms[i] = RowNorm(x + (row + i) * x_stride, eps, width);
     const bf16* factors = u == nullptr ? nullptr : u + row * u_stride;
-    Fetched next_x{x + (row + 16) * x_stride, x_stride, width}, next_u{nullptr, u_stride, width};
+    RowsAhead next_x{x + (row + 16) * x_stride, x_stride, width}, next_u{nullptr, u_stride, width};
     if (factors != nullptr) next_u.row = factors + 16 * u_stride;
     for (int64_t c = 0; c < width; c += STEP, tile += tiles_apart) {
       const NormBlock block(weight + c, bias + c);
@@ -211,7 +211,7 @@ class LinearWorker {
             const int64_t begin = i * rows_each, end = begin + rows_each;
             if (last) {
               for (int64_t j = begin; j < end; ++j) {
-                finish.fetch(std::min(row_begin + row + j, rows_ - 1), block * PackedWeight::COLUMNS);
+                finish.fetch(row_begin + row + j, block * PackedWeight::COLUMNS);
               }
             }
             store(done, begin, end, finish);
@@ -239,8 +239,7 @@ class LinearWorker {
   template <typename finish_t>
   inline __attribute__((always_inline)) void store(
       const Sums& sums, int64_t begin, int64_t end, const finish_t& finish) {
-    const int64_t left = weight_.out - sums.column;
-    const auto exist = static_cast<__mmask32>(left >= 32 ? 0xffffffff : (1u << left) - 1);
+    const __mmask32 exist = first_of_32(weight_.out - sums.column);
     bf16* part = y_ + sums.column / part_width_ * rows_ * part_width_ + sums.column % part_width_;
     for (int64_t i = begin; i < std::min(end, sums.count); ++i) {
       const float* tile = sums.tiles + i / 16 * 2 * SUM_TILE + i % 16 * 16;
@@ -270,24 +269,36 @@ class LinearWorker {
   TileSession session_;
 };
 
-// y [out / part_width, rows, part_width] = finish(x W') of the rows of a source, [rows, in], columns in parts of as many,
-// of which all are multiples of 32 or there is one.
+// How a product is divided into tasks: groups of rows by parts of the columns.
+struct Division {
+  int64_t groups, group_rows, parts;
+};
+
+// Where each thread gets rows enough for the weights that it reads, it takes as many groups as the others, with all
+// columns: so each row is brought into tiles once. Else all threads share a group's columns.
+inline Division divide(int64_t rows, int64_t most_rows, const PackedWeight& weight) {
+  constexpr int64_t LEAST_ROWS = 128, TASKS_PER_THREAD = 8;
+  const int64_t threads = at::get_num_threads(), least = (rows + most_rows - 1) / most_rows;
+  const bool by_rows = threads == 1 || (least > 1 && rows >= LEAST_ROWS * threads);
+  const int64_t groups = by_rows ? round_up(least, threads) : least, wanted = TASKS_PER_THREAD * threads;
+  const int64_t parts = by_rows ? 1 : std::clamp<int64_t>((wanted + groups - 1) / groups, 1, weight.blocks());
+  return {groups, round_up((rows + groups - 1) / groups, 32), parts};
+}
+
+// y [out / part_width, rows, part_width] = finish(x W') of the rows of a source, [rows, in], columns in parts of as
+// many, of which all are multiples of 32 or there is one.
 template <typename source_t, typename finish_t>
 void linear(
     const source_t& source, int64_t rows, const bf16* packed, const PackedWeight& weight, bf16* y, int64_t part_width,
     const finish_t& finish) {
-  constexpr int64_t TASKS_PER_THREAD = 8;
-  const int64_t threads = at::get_num_threads(), least = (rows + finish_t::MOST_ROWS - 1) / finish_t::MOST_ROWS;
-  // As many groups for each thread; of a single one all threads take some columns.
-  const int64_t groups = least == 1 ? 1 : round_up(least, threads);
-  const int64_t group_rows = round_up((rows + groups - 1) / groups, 32);
-  const int64_t parts = groups > 1 ? 1 : std::clamp<int64_t>(TASKS_PER_THREAD * threads, 1, weight.blocks());
+  const Division division = divide(rows, finish_t::MOST_ROWS, weight);
+  const int64_t group_rows = division.group_rows, parts = division.parts, threads = at::get_num_threads();
   const int64_t part_blocks = (weight.blocks() + parts - 1) / parts;
   std::atomic<int64_t> next{0};
   parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) {
       LinearWorker<source_t> worker(source, rows, packed, weight, y, part_width, group_rows);
-      for (int64_t i = next++; i < groups * parts; i = next++) {
+      for (int64_t i = next++; i < division.groups * parts; i = next++) {
         if (i / parts * group_rows >= rows) break;
         const int64_t first = std::min(i % parts * part_blocks, weight.blocks());
         worker.run(i / parts * group_rows, first, std::min(first + part_blocks, weight.blocks()), finish);

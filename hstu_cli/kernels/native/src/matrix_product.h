@@ -162,8 +162,7 @@ class ProductWorker {
 
   template <typename finish_t>
   void store(int64_t row, int64_t count, int64_t column, const float* sums, const finish_t& finish) {
-    const int64_t left = right_.shape.out - column;
-    const auto exist = static_cast<__mmask32>(left >= 32 ? 0xffffffff : (1u << left) - 1);
+    const __mmask32 exist = first_of_32(right_.shape.out - column);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t place = transposed_ ? i / 2 + i % 2 * 16 : i;  // among the rows of the tiles
       const float* tile = sums + place / 16 * 2 * SUM_TILE + place % 16 * 16;

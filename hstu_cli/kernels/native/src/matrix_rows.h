@@ -113,27 +113,22 @@ class MatrixRows {
     diagonal_ = diagonal;
   }
 
-  // Values of some heads as right operands: pairs of keys, those of even channels in one tile and of odd ones in the
-  // next, so that nothing moves between lanes. `read_row` puts the channels in order again. Zeros stand behind the last
-  // key. Columns of tiles begin so many elements apart, and so do heads.
-  void load_values(
-      const KeyRow<bf16>* rows, int64_t count, int64_t head_begin, int64_t num_heads, int64_t columns_apart, bf16* values,
-      int64_t heads_apart) const {
-    constexpr int64_t AHEAD = 4;  // rows
-    for (int64_t j = 0; j < round_up(count, STEP); j += 2) {
-      const int64_t next = std::clamp<int64_t>(count - j - AHEAD, 0, 2);
-      Ahead ahead(rows + (next ? j + AHEAD : 0), next, &KeyRow<bf16>::value, num_heads * head_dim_);
-      for (int64_t head = head_begin; head < head_begin + num_heads; ++head) {
-        const bf16* first = j < count ? rows[j].value + head * rows[j].value_head_stride : nullptr;
-        const bf16* second = j + 1 < count ? rows[j + 1].value + head * rows[j + 1].value_head_stride : nullptr;
-        bf16* target = values + (head - head_begin) * heads_apart + j / STEP * TILE + j % STEP / 2 * STEP;
-        for (int64_t step = 0; step < steps_; ++step) {
-          ahead.fetch();
-          ahead.fetch();
-          interleave_rows(channels(first, step), channels(second, step), target, target + columns_apart);
-          target += 2 * columns_apart;
-        }
-      }
+  // Values 2 pair and 2 pair + 1 of a head among right operands: pairs of keys, those of even channels in one tile and of
+  // odd ones in the next, so that nothing moves between lanes. `read_row` puts the channels in order again. Zeros stand
+  // behind the last key. Columns of tiles begin so many elements apart. beside() runs twice a step.
+  template <typename beside_t>
+  void load_pair(
+      const KeyRow<bf16>* rows, int64_t count, int64_t pair, int64_t head, int64_t columns_apart, bf16* values,
+      const beside_t& beside) const {
+    const auto value = [&](int64_t j) {
+      return j < count ? rows[j].value + head * rows[j].value_head_stride : nullptr;
+    };
+    const bf16 *first = value(2 * pair), *second = value(2 * pair + 1);
+    bf16* target = values + pair / 16 * TILE + pair % 16 * STEP;
+    for (int64_t step = 0; step < steps_; ++step, target += 2 * columns_apart) {
+      beside();
+      beside();
+      interleave_rows(channels(first, step), channels(second, step), target, target + columns_apart);
     }
   }
 

@@ -146,7 +146,7 @@ inline bool matrix_tiles_work() {
 inline __m512i load_channels(const bf16* row, int64_t channel, int64_t num_channels) {
   const int64_t left = num_channels - channel;
   if (left >= STEP) return _mm512_loadu_si512(row + channel);
-  return _mm512_maskz_loadu_epi16((__mmask32(1) << left) - 1, row + channel);
+  return _mm512_maskz_loadu_epi16(first_of_32(left), row + channel);
 }
 
 // Two rows of 32 columns as pairs: those of even columns, and of odd ones. Nothing moves between lanes; what is

@@ -119,14 +119,22 @@ struct NormedInput {
     }
   }
 
+  // What the result is multiplied with, or null.
+  template <typename scalar_t>
+  const scalar_t* factors() const {
+    return u.defined() ? u.const_data_ptr<scalar_t>() : nullptr;
+  }
+
+  int64_t factor_stride() const { return u.defined() ? u.stride(0) : 0; }
+
   at::Tensor run() const {
     at::Tensor out = at::empty(x.sizes(), x.options());
     if (!out.numel()) return out;
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "layer_norm", [&] {
       layer_norm<scalar_t>(
-          x.const_data_ptr<scalar_t>(), x.stride(0), u.defined() ? u.const_data_ptr<scalar_t>() : nullptr,
-          u.defined() ? u.stride(0) : 0, weight.const_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(), eps,
-          x.size(0), x.size(1), out.data_ptr<scalar_t>());
+          x.const_data_ptr<scalar_t>(), x.stride(0), factors<scalar_t>(), factor_stride(),
+          weight.const_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(), eps, x.size(0), x.size(1),
+          out.data_ptr<scalar_t>());
     });
     return out;
   }
@@ -239,23 +247,24 @@ at::Tensor run_linear(
       x, PlainRows{x.const_data_ptr<bf16>(), x.stride(0)}, packed, out_width, num_parts, finish);
 }
 
-// Of the layer norm of rows. So few that every thread multiplies all of them are normed first, by all threads together.
+// Of the layer norm of rows. Those that several threads would bring into tiles are normed first, by all threads together.
 template <typename finish_t>
 at::Tensor run_linear(
     const NormedInput& norm, const at::Tensor& packed, int64_t out_width, int64_t num_parts, const finish_t& finish) {
   check_bf16_rows(norm.x, "x");
   const int64_t width = norm.x.size(1);
-  if (norm.x.size(0) <= finish_t::MOST_ROWS) return run_linear(norm.run(), packed, out_width, num_parts, finish);
+  const Division division = divide(norm.x.size(0), finish_t::MOST_ROWS, {out_width, width});
+  if (division.parts > 1) return run_linear(norm.run(), packed, out_width, num_parts, finish);
   const NormParameters<bf16> parameters(norm.weight.const_data_ptr<bf16>(), norm.bias.const_data_ptr<bf16>(), width);
-  const NormedRows source{
-      norm.x.const_data_ptr<bf16>(), norm.u.defined() ? norm.u.const_data_ptr<bf16>() : nullptr, norm.x.stride(0),
-      norm.u.defined() ? norm.u.stride(0) : 0, parameters.weight(), parameters.bias(), norm.eps};
+  const NormedRows source{norm.x.const_data_ptr<bf16>(), norm.factors<bf16>(), norm.x.stride(0), norm.factor_stride(),
+                          parameters.weight(),           parameters.bias(),    norm.eps};
   return run_linear(norm.x, source, packed, out_width, num_parts, finish);
 }
 
 // Takes x, or a norm and its x, to SiLU(x W' + b).
 template <typename rows_t>
-at::Tensor run_linear_silu(const rows_t& rows, const at::Tensor& packed, const at::Tensor& bias_any, int64_t num_parts) {
+at::Tensor run_linear_silu(
+    const rows_t& rows, const at::Tensor& packed, const at::Tensor& bias_any, int64_t num_parts) {
   TORCH_CHECK_VALUE(bias_any.dim() == 1 && bias_any.scalar_type() == at::kBFloat16, "bias must be bf16 [out]");
   const at::Tensor bias = bias_any.contiguous();
   return run_linear(rows, packed, bias.size(0), num_parts, BiasSilu{bias.const_data_ptr<bf16>()});
@@ -263,9 +272,10 @@ at::Tensor run_linear_silu(const rows_t& rows, const at::Tensor& packed, const a
 
 template <typename rows_t>
 at::Tensor run_linear_residual(
-    const rows_t& rows, int64_t num_rows, const at::Tensor& packed, const at::Tensor& residual_any) {
+    const at::Tensor& x, const rows_t& rows, const at::Tensor& packed, const at::Tensor& residual_any) {
+  check_bf16_rows(x, "x");
   check_bf16_rows(residual_any, "residual");
-  TORCH_CHECK_VALUE(residual_any.size(0) == num_rows, "residual must have as many rows as x");
+  TORCH_CHECK_VALUE(residual_any.size(0) == x.size(0), "residual must have as many rows as x");
   const at::Tensor residual = last_contiguous(residual_any);
   const AddResidual finish{residual.const_data_ptr<bf16>(), residual.stride(0)};
   return run_linear(rows, packed, residual.size(1), 1, finish).squeeze(0);
@@ -276,7 +286,7 @@ at::Tensor linear_silu(const at::Tensor& x, const at::Tensor& packed, const at::
 }
 
 at::Tensor linear_residual(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& residual) {
-  return run_linear_residual(x, x.size(0), packed, residual);
+  return run_linear_residual(x, x, packed, residual);
 }
 
 at::Tensor norm_linear_silu(
@@ -288,7 +298,7 @@ at::Tensor norm_linear_silu(
 at::Tensor norm_mul_linear_residual(
     const at::Tensor& x, const at::Tensor& u, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
     const at::Tensor& packed, const at::Tensor& residual) {
-  return run_linear_residual(NormedInput(x, u, norm_weight, norm_bias, eps), x.size(0), packed, residual);
+  return run_linear_residual(x, NormedInput(x, u, norm_weight, norm_bias, eps), packed, residual);
 }
 #endif
 

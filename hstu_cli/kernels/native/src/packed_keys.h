@@ -10,8 +10,8 @@
 
 namespace hstu {
 
-// Holds the keys of some heads of some sequences at a time: few enough that the last-level cache still has them when
-// tasks meet them, enough for every thread to have tasks. Tiles that do not pack keys have all at once, and nothing is
+// Holds the keys of some heads of some sequences at a time: few enough that the last-level cache may still have them
+// when tasks meet them, enough for every thread to have tasks. Tiles that do not pack keys have all at once, and nothing is
 // held.
 template <typename tiles_t>
 class PackedKeys {
@@ -33,17 +33,12 @@ class PackedKeys {
       std::fill(places_.begin(), places_.end(), NONE);
       int64_t held = 0;
       for (int64_t head = first; head < last; ++head) {
-        if (!are_shared(head)) continue;
+        if (!is_shared(head)) continue;
         places_[head] = held;
         held += chunks_of(head);
       }
       reserve(held);
-      std::vector<Job> jobs;
-      for (int64_t begin = first, end; begin < last; begin = end) {
-        end = std::min(last, round_up(begin + 1, batch_.num_heads));
-        const int64_t num_chunks = are_shared(begin) ? chunks_of(begin) : 0;
-        for (int64_t chunk = 0; chunk < num_chunks; ++chunk) jobs.push_back({begin, end, chunk});
-      }
+      const std::vector<Job> jobs = jobs_of(first, last, held);
       parallel_for(static_cast<int64_t>(jobs.size()), 1, [&](int64_t begin, int64_t end) {
         std::vector<KeyRow<scalar_t>> rows(tiles_t::CHUNK_KEYS);
         for (; begin < end; ++begin) pack_chunk(jobs[begin], rows.data());
@@ -64,7 +59,7 @@ class PackedKeys {
   int64_t index(int64_t sequence, int64_t head) const { return sequence * batch_.num_heads + head; }
 
  private:
-  static constexpr int64_t NONE = -1, BYTES_PER_THREAD = 12 << 20;
+  static constexpr int64_t NONE = -1, BYTES_PER_THREAD = 12 << 20, MOST_BYTES = 64 << 20;
   static constexpr std::align_val_t ALIGNED{64};
 
   struct Free {
@@ -78,24 +73,41 @@ class PackedKeys {
   const Sequence& sequence_of(int64_t head) const { return batch_.sequences[head / batch_.num_heads]; }
 
   // Whether the rows of a head are several tasks; all but perhaps the last have many rows.
-  bool are_shared(int64_t head) const { return sequence_of(head).num_new > QUERY_ROWS; }
+  bool is_shared(int64_t head) const { return sequence_of(head).num_new > QUERY_ROWS; }
 
   int64_t chunks_of(int64_t head) const {
     return (sequence_of(head).num_keys() + tiles_t::CHUNK_KEYS - 1) / tiles_t::CHUNK_KEYS;
   }
 
-  // Heads of a sequence lie side by side and are best read together: a portion is whole sequences, or the heads that fit
-  // of one that does not.
+  // Heads of a sequence lie side by side and are best read together: a portion ends with a whole sequence, if one fits.
   int64_t end_of_portion(int64_t first) const {
-    const int64_t most = BYTES_PER_THREAD * at::get_num_threads() / (chunk_size() * sizeof(scalar_t));
+    const int64_t bytes = std::min(BYTES_PER_THREAD * at::get_num_threads(), MOST_BYTES);
+    const auto most = bytes / static_cast<int64_t>(chunk_size() * sizeof(scalar_t));
     int64_t last = first;
     for (int64_t chunks = 0; last < num_heads(); ++last) {
-      const int64_t wanted = are_shared(last) ? chunks_of(last) : 0;
+      const int64_t wanted = is_shared(last) ? chunks_of(last) : 0;
       if (chunks && chunks + wanted > most) break;
       chunks += wanted;
     }
     const int64_t whole = last - last % batch_.num_heads;
     return whole > first ? whole : last;
+  }
+
+  // Chunks of all heads that are held of a sequence; of fewer heads where so few chunks would leave threads idle.
+  std::vector<Job> jobs_of(int64_t first, int64_t last, int64_t held) const {
+    std::vector<Job> jobs;
+    for (int64_t begin = first, end; begin < last; begin = end) {
+      end = std::min(last, round_up(begin + 1, batch_.num_heads));
+      if (!is_shared(begin)) continue;
+      const int64_t heads = end - begin, wanted = 2 * at::get_num_threads() * heads;
+      const int64_t parts = std::clamp<int64_t>((wanted + held - 1) / held, 1, heads);
+      for (int64_t chunk = 0; chunk < chunks_of(begin); ++chunk) {
+        for (int64_t part = 0; part < parts; ++part) {
+          jobs.push_back({begin + heads * part / parts, begin + heads * (part + 1) / parts, chunk});
+        }
+      }
+    }
+    return jobs;
   }
 
   void pack_chunk(const Job& job, KeyRow<scalar_t>* rows) {

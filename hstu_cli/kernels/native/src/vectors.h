@@ -70,6 +70,9 @@ void narrow(const wide_t<scalar_t>* wide, int64_t width, scalar_t* x) {
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
+// Which of 32 elements exist where so many are left.
+inline __mmask32 first_of_32(int64_t left) { return left >= 32 ? 0xffffffff : (__mmask32(1) << left) - 1; }
+
 // 16 x 16 elements of 32 bits: target[j][i] = source[i][j].
 inline void transpose_16x16(const void* source, int64_t ld_source, void* target, int64_t ld_target) {
   const auto* in = static_cast<const int32_t*>(source);
