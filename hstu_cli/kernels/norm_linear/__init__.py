@@ -2,7 +2,7 @@
 
 import torch
 
-from hstu_cli.kernels.dispatch import choose_impl_for
+from hstu_cli.kernels.dispatch import choose_impl_for, runs_on
 from hstu_cli.kernels.linear import check_linear, check_parts, linear_residual, linear_silu
 from hstu_cli.kernels.norm import check_norm, layer_norm, layer_norm_mul
 
@@ -61,6 +61,6 @@ def norm_mul_linear_residual(
 
 def _is_one_operator(impl: str, *tensors: torch.Tensor) -> bool:
     x = tensors[0]
-    if x.dtype != torch.bfloat16 or x.numel() == 0 or choose_impl_for(impl, *tensors) != "native":
+    if x.dtype != torch.bfloat16 or x.numel() == 0 or not runs_on("native", x.device.type):
         return False
-    return torch.ops.hstu_native.has_bf16_tiles()
+    return choose_impl_for(impl, *tensors) == "native" and torch.ops.hstu_native.has_bf16_tiles()
