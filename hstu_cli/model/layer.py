@@ -81,7 +81,7 @@ class HSTULayer(nn.Module):
         v, q, k = (part.unflatten(1, (self.num_heads, self.head_dim)) for part in vqk)
         o = attention(layer, q, k, v).flatten(1)  # [T, H * d]
         norm, weight = self.output_norm, self.output.weight
-        if self.dropout and self.training:
+        if self.dropout and self.training:  # what is dropped lies between the norm and the product
             gated = layer_norm_mul(o, u, norm.weight, norm.bias, eps=norm.eps, impl=impl)
             return linear_residual(F.dropout(gated, self.dropout), weight, x, impl=impl)
         return norm_mul_linear_residual(o, u, norm.weight, norm.bias, weight, x, eps=norm.eps, impl=impl)

@@ -34,14 +34,12 @@ def forget(weight: torch.Tensor) -> None:
 
 def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_parts: int) -> torch.Tensor:
     """See `hstu_cli.kernels.linear.linear_silu`."""
-    if x.dtype != torch.bfloat16 or x.numel() == 0:
-        return reference.linear_silu(x, weight, bias, num_parts)
-    if torch.ops.hstu_native.has_bf16_tiles():
+    if goes_into_tiles(x):
         packed = packed_tiles(weight)
         return in_separate_parts(
             lambda parts: torch.ops.hstu_native.linear_silu(x, packed, bias, parts), len(bias), num_parts
         )
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if _goes_to_onednn(x):
         packed = _packed_weight(weight, torch.ops.mkldnn._reorder_linear_weight)
         y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "swish", [], "")
         return reference.in_parts(y, num_parts)
@@ -50,14 +48,21 @@ def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_p
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """See `hstu_cli.kernels.linear.linear_residual`."""
-    if x.dtype != torch.bfloat16 or x.numel() == 0:
-        return reference.linear_residual(x, weight, residual)
-    if torch.ops.hstu_native.has_bf16_tiles():
+    if goes_into_tiles(x):
         return torch.ops.hstu_native.linear_residual(x, packed_tiles(weight), residual)
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if _goes_to_onednn(x):
         packed = _packed_weight(weight, torch.ops.mkldnn._reorder_linear_weight)
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, None, "add")
     return reference.linear_residual(x, weight, residual)
+
+
+def goes_into_tiles(x: torch.Tensor) -> bool:
+    """Whether the C++ operators multiply these rows in matrix units."""
+    return x.dtype == torch.bfloat16 and x.numel() > 0 and torch.ops.hstu_native.has_bf16_tiles()
+
+
+def _goes_to_onednn(x: torch.Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.numel() > 0 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def packed_tiles(weight: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,8 @@ def norm_mul_linear_residual(
 
 
 def _is_one_operator(impl: str, *tensors: torch.Tensor) -> bool:
-    x = tensors[0]
-    if x.dtype != torch.bfloat16 or x.numel() == 0 or not runs_on("native", x.device.type):
+    if not runs_on("native", tensors[0].device.type) or choose_impl_for(impl, *tensors) != "native":
         return False
-    return choose_impl_for(impl, *tensors) == "native" and torch.ops.hstu_native.has_bf16_tiles()
+    from hstu_cli.kernels.linear.native import goes_into_tiles
+
+    return goes_into_tiles(tensors[0])

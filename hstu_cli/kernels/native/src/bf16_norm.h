@@ -21,13 +21,14 @@ namespace hstu {
 struct EvenOdd {
   __m512 even, odd;
 
-  explicit EvenOdd(__m512i pairs)
-      : even(_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))),
-        odd(_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)))) {}
-
-  EvenOdd(const at::BFloat16* x, __mmask32 exist) : EvenOdd(_mm512_maskz_loadu_epi16(exist, x)) {}
+  EvenOdd(const at::BFloat16* x, __mmask32 exist) {
+    const __m512i pairs = _mm512_maskz_loadu_epi16(exist, x);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
+  }
 };
 
+// The elements in order again, rounded to nearest.
 inline __m512i join_as_bf16(__m512 even, __m512 odd) {
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i order = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_or_si512(lanes, _mm512_set1_epi32(16)), 16));

@@ -113,9 +113,9 @@ class MatrixRows {
     diagonal_ = diagonal;
   }
 
-  // Values 2 pair and 2 pair + 1 of a head among right operands: pairs of keys, those of even channels in one tile and of
-  // odd ones in the next, so that nothing moves between lanes. `read_row` puts the channels in order again. Zeros stand
-  // behind the last key. Columns of tiles begin so many elements apart. beside() runs twice a step.
+  // Values 2 pair and 2 pair + 1 of a head among right operands: pairs of keys, those of even channels in one tile and
+  // of odd ones in the next, so that nothing moves between lanes. `read_row` puts the channels in order again. Zeros
+  // stand behind the last key. Columns of tiles begin so many elements apart. beside() runs twice a step.
   template <typename beside_t>
   void load_pair(
       const KeyRow<bf16>* rows, int64_t count, int64_t pair, int64_t head, int64_t columns_apart, bf16* values,

@@ -247,7 +247,7 @@ at::Tensor run_linear(
       x, PlainRows{x.const_data_ptr<bf16>(), x.stride(0)}, packed, out_width, num_parts, finish);
 }
 
-// Of the layer norm of rows. Those that several threads would bring into tiles are normed first, by all threads together.
+// Of the layer norm of rows. Those that several threads would bring into tiles are normed first, by all together.
 template <typename finish_t>
 at::Tensor run_linear(
     const NormedInput& norm, const at::Tensor& packed, int64_t out_width, int64_t num_parts, const finish_t& finish) {

@@ -11,8 +11,8 @@
 namespace hstu {
 
 // Holds the keys of some heads of some sequences at a time: few enough that the last-level cache may still have them
-// when tasks meet them, enough for every thread to have tasks. Tiles that do not pack keys have all at once, and nothing is
-// held.
+// when tasks meet them, enough for every thread to have tasks. Tiles that do not pack keys have all at once, and nothing
+// is held.
 template <typename tiles_t>
 class PackedKeys {
   using scalar_t = typename tiles_t::scalar_type;
