@@ -91,7 +91,8 @@ def test_cpu_seconds_tell_this_process_from_others() -> None:
     grain = 0.05  # of ticks
     assert (ours < 0.25, later_ours > 0.5 - grain) == (True, True)
     assert min(busy, later_busy) > 0.5 - grain
-    assert (total >= busy, later_total >= later_busy) == (True, True)
+    # On a machine without idle time they are the same, and Linux lets its count of waiting for disks go back.
+    assert (total >= busy - grain, later_total >= later_busy - grain) == (True, True)
 
 
 @pytest.mark.parametrize(
