@@ -77,6 +77,7 @@ class Worker {
     tiles_.carve(carver, num_heads);
     carver.take(sums_, QUERY_ROWS * tiles_.sums_per_row());
     carver.take(row_, tiles_.sums_per_row());
+    carver.take(own_, 2 * batch_.head_dim);
     carver.take(key_rows_, tiles_t::MOST_KEYS);
     carver.take(next_rows_, tiles_t::MOST_KEYS);
     if constexpr (tiles_t::PACKS) carver.take(chunk_, tiles_.many().chunk_size());
@@ -150,27 +151,35 @@ class Worker {
     }
   }
 
+  // A candidate sees itself, too: adds SiLU(q k') v of one token. What the next token needs is fetched meanwhile.
   void add_own_value(int64_t token, int64_t head) {
-    const scalar_t *q = batch_.q.at(token, head), *k = batch_.k.at(token, head), *v = batch_.v.at(token, head);
+    const int64_t d = batch_.head_dim;
+    real_t *left = own_, *right = own_ + d;
+    const auto bring = [&](const Rows<scalar_t>& rows, real_t* wide) {
+      const scalar_t* row = rows.at(token, head);
+      for (int64_t c = 0; c < d; c += 64 / sizeof(scalar_t)) __builtin_prefetch(row + rows.token_stride + c);
+      widen(row, d, wide);
+    };
+    bring(batch_.q, left);
+    bring(batch_.k, right);
     constexpr int64_t LANES = 16;  // sums side by side, as one after another they would wait for each other
     real_t sums[LANES] = {}, score = 0;
     int64_t c = 0;
-    for (; c + LANES <= batch_.head_dim; c += LANES) {
-      for (int64_t i = 0; i < LANES; ++i) sums[i] += static_cast<real_t>(q[c + i]) * static_cast<real_t>(k[c + i]);
+    for (; c + LANES <= d; c += LANES) {
+      for (int64_t i = 0; i < LANES; ++i) sums[i] += left[c + i] * right[c + i];
     }
-    for (; c < batch_.head_dim; ++c) score += static_cast<real_t>(q[c]) * static_cast<real_t>(k[c]);
+    for (; c < d; ++c) score += left[c] * right[c];
     for (const real_t sum : sums) score += sum;
     score *= static_cast<real_t>(batch_.alpha);
     const real_t weight = score / (1 + std::exp(-score)) / static_cast<real_t>(batch_.scaling_seqlen);
-    for (int64_t c = 0; c < batch_.head_dim; ++c) {
-      row_[c] += weight * static_cast<real_t>(v[c]);
-    }
+    bring(batch_.v, left);
+    for (c = 0; c < d; ++c) row_[c] += weight * left[c];
   }
 
   const Batch<scalar_t>& batch_;
   const PackedKeys<tiles_t>& packed_;
   tiles_t tiles_;
-  real_t *partial_sums_, *sums_, *row_;
+  real_t *partial_sums_, *sums_, *row_, *own_;
   KeyRow<scalar_t> *key_rows_, *next_rows_;
   scalar_t* chunk_ = nullptr;  // that this task packs for itself
 };

@@ -58,7 +58,7 @@ class FewRows : public MatrixRows {
         }
       }
     }
-    for (int64_t pair = 0; pair < 16 && last.exists; ++pair) weigh<true>(last, pair);
+    for (int64_t pair = 0; pair < 16 && last.exists; ++pair) scores_of(last).weigh<true>(pair);
     settle(last);
     ahead_ = Ahead(keys.next_rows, keys.next_count, &KeyRow<bf16>::key, keys.num_heads * head_dim_);
     for (int64_t head = 0; head < keys.num_heads; ++head) {
@@ -126,47 +126,55 @@ class FewRows : public MatrixRows {
 
   template <typename steps_t>
   void multiply_of(steps_t steps, const Block& block, const Block& last) {
-    const Operands& left = left_[block.head * key_steps_ + block.step];
+    const Operands left = left_[block.head * key_steps_ + block.step];
     const bf16* queries = queries_ + (block.head * padded_rows_ + block.row) * width_;
-    auto add = [&](const auto& beside) {
-      add_products<Reuse::right>(steps, left, {queries, queries + steps * TILE}, beside);
+    const Scores scores = scores_of(last);
+    Ahead ahead = ahead_;
+    const auto add = [&](const auto& weigh_pair) {
+      add_products<Reuse::right>(
+          steps, left, {queries, queries + steps * TILE},
+          [&](int64_t i) __attribute__((always_inline)) {
+            for (int64_t pair = i * 8 / steps; pair < (i + 1) * 8 / steps; ++pair) weigh_pair(pair);
+            ahead.fetch();
+          });
     };
     zero_sums();
     if (!last.exists) {
-      add([&](int64_t) { ahead_.fetch(); });
+      add([](int64_t) {});
     } else if (last.masked()) {
-      add([&](int64_t i) {
-        weigh_part<true>(i, 2 * steps, last);
-        ahead_.fetch();
-      });
+      add([&](int64_t pair) __attribute__((always_inline)) { scores.weigh<true>(pair); });
     } else {
-      add([&](int64_t i) {
-        weigh_part<false>(i, 2 * steps, last);
-        ahead_.fetch();
-      });
+      add([&](int64_t pair) __attribute__((always_inline)) { scores.weigh<false>(pair); });
     }
     store_sums(scores_ + block.parity * 4 * SUM_TILE, 2 * SUM_TILE);
+    ahead_ = ahead;
   }
 
-  // Part i of so many of a block's weights.
-  template <bool masked>
-  inline __attribute__((always_inline)) void weigh_part(int64_t i, int64_t parts, const Block& block) {
-    for (int64_t pair = i * 16 / parts; pair < (i + 1) * 16 / parts; ++pair) weigh<masked>(block, pair);
-  }
+  // The scores of a block and where its weights belong, as in `ManyRows`.
+  struct Scores {
+    const float* scores;
+    uint32_t* pairs;
+    int64_t shift;
+    __m512 minus_alpha_log2e;
 
-  // The weights of keys 2 pair and 2 pair + 1 of a block, as pairs of bf16.
-  template <bool masked>
-  inline __attribute__((always_inline)) void weigh(const Block& block, int64_t pair) {
-    const float* scores = scores_ + block.parity * 4 * SUM_TILE + (pair >= 8 ? 2 * SUM_TILE : 0) + 2 * (pair % 8) * 16;
-    for (int64_t half = 0; half < 2; ++half) {
-      __m512 first = silu_for_bf16(_mm512_load_ps(scores + half * SUM_TILE), minus_alpha_log2e_);
-      __m512 second = silu_for_bf16(_mm512_load_ps(scores + half * SUM_TILE + 16), minus_alpha_log2e_);
-      if constexpr (masked) {
-        first = _mm512_maskz_mov_ps(from(block.shift + 2 * pair - 16 * half), first);
-        second = _mm512_maskz_mov_ps(from(block.shift + 2 * pair + 1 - 16 * half), second);
+    // The weights of keys 2 pair and 2 pair + 1, as pairs of bf16.
+    template <bool masked>
+    inline __attribute__((always_inline)) void weigh(int64_t pair) const {
+      const float* keys = scores + (pair >= 8 ? 2 * SUM_TILE : 0) + 2 * (pair % 8) * 16;
+      for (int64_t half = 0; half < 2; ++half) {
+        __m512 first = silu_for_bf16(_mm512_load_ps(keys + half * SUM_TILE), minus_alpha_log2e);
+        __m512 second = silu_for_bf16(_mm512_load_ps(keys + half * SUM_TILE + 16), minus_alpha_log2e);
+        if constexpr (masked) {
+          first = _mm512_maskz_mov_ps(from(shift + 2 * pair - 16 * half), first);
+          second = _mm512_maskz_mov_ps(from(shift + 2 * pair + 1 - 16 * half), second);
+        }
+        _mm512_store_si512(pairs + half * SUM_TILE + pair * 16, to_pairs(first, second));
       }
-      _mm512_store_si512(pairs_ + half * SUM_TILE + pair * 16, to_pairs(first, second));
     }
+  };
+
+  Scores scores_of(const Block& block) const {
+    return {scores_ + block.parity * 4 * SUM_TILE, pairs_, block.shift, minus_alpha_log2e_};
   }
 
   // Stores a block's weights as left operands.

@@ -71,9 +71,7 @@ class ManyRows : public MatrixRows {
     start(end - begin, padded_rows, diagonal);
     keys_ = chunk + begin * width_;
     values_ = chunk + CHUNK_KEYS * width_ + begin / STEP * TILE;
-    next_ = next;
-    next_end_ = next == nullptr ? nullptr : next + chunk_size();
-    lines_ = (QUERY_ROWS + padded_rows - 1) / padded_rows;
+    next_ = next == nullptr ? Next{chunk, 0} : Next{next, STEP};
     Block last;
     for (int64_t row = 0; row < padded_rows; row += ROW_STEP) {
       const int64_t key_steps = num_seen(row);
@@ -86,7 +84,7 @@ class ManyRows : public MatrixRows {
       }
     }
     if (!last.exists) return;
-    for (int64_t i = 0; i < ROW_STEP; ++i) weigh<true>(last, i);
+    for (int64_t i = 0; i < ROW_STEP; ++i) scores_of(last).weigh<true>(i);
     finish(last, sums, add);
   }
 
@@ -103,54 +101,81 @@ class ManyRows : public MatrixRows {
   void multiply_of(steps_t steps, const Block& block, const Block& last) {
     const bf16* queries = queries_ + (block.head * padded_rows_ + block.row) * width_;
     const bf16* keys = keys_ + block.step * STEP * width_;
+    const Scores scores = scores_of(last);
+    Next next = next_;
     auto add = [&](const auto& weigh_row) {
-      add_products<Reuse::left>(steps, {queries, queries + steps * TILE}, {keys, keys + steps * TILE}, [&](int64_t i) {
-        for (int64_t row = i * 16 / steps; row < (i + 1) * 16 / steps; ++row) weigh_row(row);
-        fetch();
-      });
+      add_products<Reuse::left>(
+          steps, {queries, queries + steps * TILE}, {keys, keys + steps * TILE},
+          [&](int64_t i) __attribute__((always_inline)) {
+            for (int64_t row = i * 16 / steps; row < (i + 1) * 16 / steps; ++row) weigh_row(row);
+            next.fetch();
+          });
     };
     zero_sums();
     if (!last.exists) {
       add([](int64_t) {});
     } else if (last.masked()) {
-      add([&](int64_t i) { weigh<true>(last, i); });
+      add([&](int64_t i) __attribute__((always_inline)) { scores.weigh<true>(i); });
     } else {
-      add([&](int64_t i) { weigh<false>(last, i); });
+      add([&](int64_t i) __attribute__((always_inline)) { scores.weigh<false>(i); });
     }
     store_sums(scores_ + block.parity * 4 * SUM_TILE, 2 * SUM_TILE);
+    next_ = next;
   }
 
-  // The weights of row i of a block, as a row of a left operand.
-  template <bool masked>
-  inline __attribute__((always_inline)) void weigh(const Block& block, int64_t i) {
-    const float* scores = scores_ + (block.parity * 4 + i / 16 * 2) * SUM_TILE + i % 16 * 16;
-    __m512 low = silu_for_bf16(_mm512_load_ps(scores), minus_alpha_log2e_);
-    __m512 high = silu_for_bf16(_mm512_load_ps(scores + SUM_TILE), minus_alpha_log2e_);
-    if constexpr (masked) {
-      const int64_t seen = i - block.shift + 1;  // keys of the block
-      low = _mm512_mask_mov_ps(low, from(seen), _mm512_setzero_ps());
-      high = _mm512_mask_mov_ps(high, from(seen - 16), _mm512_setzero_ps());
+  // The scores of a block and where its weights belong. No members of `ManyRows`: the compiler would read those again
+  // after every store.
+  struct Scores {
+    const float* scores;
+    bf16* weights;
+    int64_t shift;
+    __m512 minus_alpha_log2e;
+
+    // The weights of row i, as a row of a left operand.
+    template <bool masked>
+    inline __attribute__((always_inline)) void weigh(int64_t i) const {
+      const float* row = scores + i / 16 * 2 * SUM_TILE + i % 16 * 16;
+      __m512 low = silu_for_bf16(_mm512_load_ps(row), minus_alpha_log2e);
+      __m512 high = silu_for_bf16(_mm512_load_ps(row + SUM_TILE), minus_alpha_log2e);
+      if constexpr (masked) {
+        const int64_t seen = i - shift + 1;  // keys of the block
+        low = _mm512_mask_mov_ps(low, from(seen), _mm512_setzero_ps());
+        high = _mm512_mask_mov_ps(high, from(seen - 16), _mm512_setzero_ps());
+      }
+      _mm512_store_si512(weights + i / 16 * WEIGHTS_APART + i % 16 * STEP, round_to_bf16(low, high));
     }
-    _mm512_store_si512(
-        weights_ + i / 16 * WEIGHTS_APART + block.step * TILE + i % 16 * STEP, round_to_bf16(low, high));
+  };
+
+  Scores scores_of(const Block& block) const {
+    return {
+        scores_ + block.parity * 4 * SUM_TILE, weights_ + block.step * TILE, block.shift, minus_alpha_log2e_};
   }
 
   // Adds the values up by the weights of 32 rows, of which this is the last block.
   void finish(const Block& block, float* sums, bool add) {
+    Next next = next_;
     add_values<Reuse::left>(
         block.step + 1, weights_, WEIGHTS_APART, values_, VALUES_APART, sums + block.row * width_, add,
-        [&](int64_t) { fetch(); });
+        [&](int64_t) { next.fetch(); });
+    next_ = next;
   }
 
-  // Brings some of the next chunk closer.
-  void fetch() {
-    for (int64_t line = 0; line < lines_ && next_ < next_end_; ++line, next_ += STEP) _mm_prefetch(next_, _MM_HINT_T1);
-  }
+  // The next chunk, brought closer line by line: as many tile products as 512 rows need are as many lines. Where there
+  // is none, one line of this chunk again and again, which costs less than to ask.
+  struct Next {
+    const bf16* at = nullptr;
+    int64_t step = 0;
+
+    void fetch() {
+      _mm_prefetch(at, _MM_HINT_T1);
+      at += step;
+    }
+  };
 
   bf16 *queries_, *weights_;  // tiles: [heads][rows / 16][steps]; of 32 rows [2][key steps]
   float* scores_;             // of two blocks, [2][2 x 2 tiles]
-  const bf16 *keys_ = nullptr, *values_ = nullptr, *next_ = nullptr, *next_end_ = nullptr;
-  int64_t lines_ = 1;  // to fetch beside a tile product
+  const bf16 *keys_ = nullptr, *values_ = nullptr;
+  Next next_;
 };
 
 }  // namespace hstu

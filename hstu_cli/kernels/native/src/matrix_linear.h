@@ -61,8 +61,9 @@ struct AddResidual {
   const bf16* residual;
   int64_t stride;
 
-  // What the next columns need: from memory it takes too long for these.
-  void fetch(int64_t row, int64_t column) const {
+  // What the next columns need: from memory it takes too long for these. Inlined by force: of a call that only fetches
+  // g++ believes that it does nothing.
+  inline __attribute__((always_inline)) void fetch(int64_t row, int64_t column) const {
     _mm_prefetch(residual + row * stride + column + PackedWeight::COLUMNS, _MM_HINT_T1);
   }
 
@@ -160,9 +161,9 @@ class LinearWorker {
     const int64_t count = std::min(group_rows_, rows_ - row_begin);
     // Few rows need the weights as fast as these come, so close by, and in small portions, beside which rows have room.
     if (count <= FEW_ROWS) {
-      multiply<Reuse::both, _MM_HINT_T0>(8, row_begin, count, block_begin, block_end, finish);
+      multiply<Reuse::both, _MM_HINT_T0, 8>(row_begin, count, block_begin, block_end, finish);
     } else {
-      multiply<Reuse::right, _MM_HINT_T1>(16, row_begin, count, block_begin, block_end, finish);
+      multiply<Reuse::right, _MM_HINT_T1, 16>(row_begin, count, block_begin, block_end, finish);
     }
   }
 
@@ -174,55 +175,111 @@ class LinearWorker {
     carver.take(sums_, group_rows_ * PackedWeight::COLUMNS);
   }
 
-  // The sums of up to 32 rows in 32 columns. What becomes of them is computed beside the next product, because vectors
-  // and matrices are different units.
+  // The sums of up to 32 rows in 32 columns, and where their results belong. What becomes of them is computed beside the
+  // next product, because vectors and matrices are different units.
   struct Sums {
     const float* tiles = nullptr;
     int64_t row = 0, count = 0, column = 0;
+    __mmask32 exist = 0;
+    bf16* y = nullptr;
+    int64_t y_stride = 0;
+    bool stream = false;
+
+    // Results of rows begin to end.
+    template <typename finish_t>
+    inline __attribute__((always_inline)) void store(int64_t begin, int64_t end, const finish_t& finish) const {
+      for (int64_t i = begin; i < std::min(end, count); ++i) {
+        const float* tile = tiles + i / 16 * 2 * SUM_TILE + i % 16 * 16;
+        const __m512 low = finish(_mm512_load_ps(tile), row + i, column, static_cast<__mmask16>(exist));
+        const __m512 high =
+            finish(_mm512_load_ps(tile + SUM_TILE), row + i, column + 16, static_cast<__mmask16>(exist >> 16));
+        const __m512i both = round_to_bf16(low, high);
+        if (stream) {
+          _mm512_stream_si512(reinterpret_cast<__m512i*>(y + i * y_stride), both);
+        } else {
+          _mm512_mask_storeu_epi16(y + i * y_stride, exist, both);
+        }
+      }
+    }
   };
 
+  // The sums of rows from `row` on in a block of columns.
+  Sums sums_of(int64_t row_begin, int64_t row, int64_t count, int64_t block) const {
+    const int64_t column = block * PackedWeight::COLUMNS;
+    bf16* part = y_ + column / part_width_ * rows_ * part_width_ + column % part_width_;
+    return {
+        sums_ + row * PackedWeight::COLUMNS,
+        row_begin + row,
+        std::min<int64_t>(32, count - row),
+        column,
+        first_of_32(weight_.out - column),
+        part + (row_begin + row) * part_width_,
+        part_width_,
+        stream_};
+  }
+
   // Multiplies blocks in portions of so many tiles, each with all rows.
-  template <Reuse reuse, auto hint, typename finish_t>  // hint: one of _MM_HINT, an int to clang
-  void multiply(
-      int64_t most_depth, int64_t row_begin, int64_t count, int64_t block_begin, int64_t block_end,
-      const finish_t& finish) {
+  template <Reuse reuse, auto hint, int64_t most_depth, typename finish_t>  // hint: one of _MM_HINT, an int to clang
+  void multiply(int64_t row_begin, int64_t count, int64_t block_begin, int64_t block_end, const finish_t& finish) {
     const int64_t steps = weight_.steps();
     Sums done;
     for (int64_t block = block_begin; block < block_end; ++block) {
       for (int64_t step = 0; step < steps; step += most_depth) {
-        const int64_t depth = std::min(most_depth, steps - step);
-        const bf16* right = packed_ + block * weight_.block_size() + 2 * step * TILE;
-        // What is multiplied next comes from memory meanwhile, a few lines at a time.
-        const bf16* next = right + 2 * depth * TILE;
-        const int64_t lines = std::max<int64_t>(1, 16 * 32 / round_up(count, 32));
-        for (int64_t row = 0; row < count; row += 32) {
-          const bf16* left = tiles_ + row * steps * STEP + 2 * step * TILE;
-          float* sums = sums_ + row * PackedWeight::COLUMNS;
-          if (step == 0) {
-            zero_sums();
-          } else {
-            load_sums(sums, 2 * SUM_TILE);
-          }
-          const bool last = step + depth == steps;
-          const int64_t rows_each = (32 + 2 * depth - 1) / (2 * depth);
-          add_products<reuse>(depth, {left, left + TILE, 2 * TILE}, {right, right + TILE, 2 * TILE}, [&](int64_t i) {
-            for (int64_t line = 0; line < lines; ++line) _mm_prefetch(next + line * STEP, hint);
-            next += lines * STEP;
-            const int64_t begin = i * rows_each, end = begin + rows_each;
-            if (last) {
-              for (int64_t j = begin; j < end; ++j) {
-                finish.fetch(row_begin + row + j, block * PackedWeight::COLUMNS);
-              }
-            }
-            store(done, begin, end, finish);
-          });
-          store_sums(sums, 2 * SUM_TILE);
-          done = last ? Sums{sums, row_begin + row, std::min<int64_t>(32, count - row), block * PackedWeight::COLUMNS}
-                      : Sums{};
+        const auto multiply_rows = [&](auto depth) __attribute__((always_inline)) {
+          done = multiply_portion<reuse, hint>(depth, step, block, row_begin, count, done, finish);
+        };
+        if (steps - step >= most_depth) {
+          multiply_rows(std::integral_constant<int64_t, most_depth>());  // a loop of known length
+        } else {
+          multiply_rows(steps - step);
         }
       }
     }
-    store(done, 0, 32, finish);
+    done.store(0, 32, finish);
+  }
+
+  // Multiplies all rows with a portion of a block. done: the sums before it; returns those of which nothing has become
+  // yet.
+  template <Reuse reuse, auto hint, typename depth_t, typename finish_t>
+  inline __attribute__((always_inline)) Sums multiply_portion(
+      depth_t depth, int64_t step, int64_t block, int64_t row_begin, int64_t count, Sums done, const finish_t& finish) {
+    const int64_t steps = weight_.steps();
+    const bool last = step + depth == steps;
+    const int64_t rows_each = (16 + depth - 1) / depth;
+    const bf16* right = packed_ + block * weight_.block_size() + 2 * step * TILE;
+    // What is multiplied next comes from memory meanwhile, a few lines at a time.
+    const bf16* next = right + 2 * depth * TILE;
+    const int64_t lines = std::max<int64_t>(1, 16 * 32 / round_up(count, 32));
+    for (int64_t row = 0; row < count; row += 32) {
+      const bf16* left = tiles_ + row * steps * STEP + 2 * step * TILE;
+      float* sums = sums_ + row * PackedWeight::COLUMNS;
+      if (step == 0) {
+        zero_sums();
+      } else {
+        load_sums(sums, 2 * SUM_TILE);
+      }
+      const auto add = [&](const auto& beside) {
+        add_products<reuse>(
+            depth, {left, left + TILE, 2 * TILE}, {right, right + TILE, 2 * TILE},
+            [&](int64_t i) __attribute__((always_inline)) {
+              for (int64_t line = 0; line < lines; ++line, next += STEP) _mm_prefetch(next, hint);
+              beside(i);
+              done.store(i * rows_each, (i + 1) * rows_each, finish);
+            });
+      };
+      if (last) {
+        add([&](int64_t i) __attribute__((always_inline)) {
+          for (int64_t j = i * rows_each; j < (i + 1) * rows_each; ++j) {
+            finish.fetch(row_begin + row + j, block * PackedWeight::COLUMNS);
+          }
+        });
+      } else {
+        add([](int64_t) {});
+      }
+      store_sums(sums, 2 * SUM_TILE);
+      done = last ? sums_of(row_begin, row, count, block) : Sums{};
+    }
+    return done;
   }
 
   // Rows as left operands: [rows / 32][steps][2].
@@ -233,28 +290,6 @@ class LinearWorker {
       source_.load(row_begin + i, std::clamp<int64_t>(count - i, 0, 16), weight_.in, tiles, 2 * TILE);
     }
     loaded_ = row_begin;
-  }
-
-  // Results of rows begin to end of some sums.
-  template <typename finish_t>
-  inline __attribute__((always_inline)) void store(
-      const Sums& sums, int64_t begin, int64_t end, const finish_t& finish) {
-    const __mmask32 exist = first_of_32(weight_.out - sums.column);
-    bf16* part = y_ + sums.column / part_width_ * rows_ * part_width_ + sums.column % part_width_;
-    for (int64_t i = begin; i < std::min(end, sums.count); ++i) {
-      const float* tile = sums.tiles + i / 16 * 2 * SUM_TILE + i % 16 * 16;
-      const int64_t row = sums.row + i, column = sums.column;
-      const __m512 low = finish(_mm512_load_ps(tile), row, column, static_cast<__mmask16>(exist));
-      const __m512 high =
-          finish(_mm512_load_ps(tile + SUM_TILE), row, column + 16, static_cast<__mmask16>(exist >> 16));
-      const __m512i both = round_to_bf16(low, high);
-      bf16* y = part + row * part_width_;
-      if (stream_) {
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(y), both);
-      } else {
-        _mm512_mask_storeu_epi16(y, exist, both);
-      }
-    }
   }
 
   source_t source_;

@@ -137,13 +137,16 @@ class MatrixRows {
   }
 
   // sums of 32 rows = weights values over so many steps of keys, or these are added; tiles of weights below
-  // each other and of values beside each other begin so far apart.
+  // each other and of values beside each other begin so far apart. The sums of the next columns, or behind the last ones
+  // of the next rows, are brought into the first-level cache meanwhile.
   template <Reuse reuse, typename beside_t>
   void add_values(
       int64_t key_steps, const bf16* weights, int64_t weights_apart, const bf16* values, int64_t values_apart, float* sums,
       bool add, const beside_t& beside) const {
-    const int64_t below = 16 * width_;
-    for (int64_t tile = 0; tile < 2 * steps_ && (key_steps || !add); tile += 2) {
+    if (key_steps == 0 && add) return;
+    const int64_t below = 16 * width_, lines = (16 + key_steps - 1) / std::max<int64_t>(key_steps, 1);  // at a time
+    for (int64_t tile = 0; tile < 2 * steps_; tile += 2) {
+      const float* next = sums + (tile + 2) * SUM_TILE;
       if (add) {
         load_sums(sums + tile * SUM_TILE, below);
       } else {
@@ -151,7 +154,13 @@ class MatrixRows {
       }
       add_products<reuse>(
           key_steps, {weights, weights + weights_apart}, {values + tile * values_apart, values + (tile + 1) * values_apart},
-          beside);
+          [&](int64_t i) {
+            for (int64_t line = 0; line < lines; ++line, next += 16) {
+              _mm_prefetch(next, _MM_HINT_T0);
+              _mm_prefetch(next + below, _MM_HINT_T0);
+            }
+            beside(i);
+          });
       store_sums(sums + tile * SUM_TILE, below);
     }
   }

@@ -100,7 +100,7 @@ template <Reuse reuse = Reuse::both, typename steps_t, typename beside_t>
 inline __attribute__((always_inline)) void add_products(
     steps_t steps, const Operands& a, const Operands& b, const beside_t& beside) {
   asm volatile("" ::: "memory");  // g++ does not know that tiles read memory: what was stored must be there
-  for (int64_t i = 0; i < steps; ++i) {
+  const auto add = [&](int64_t i) __attribute__((always_inline)) {
     HSTU_LOAD_OPERAND(reuse == Reuse::right, 4, a.first + i * a.step, a.row_bytes);
     HSTU_LOAD_OPERAND(reuse == Reuse::left, 6, b.first + i * b.step, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -111,6 +111,12 @@ inline __attribute__((always_inline)) void add_products(
     _tile_dpbf16ps(2, 5, 6);
     beside(2 * i + 1);
     _tile_dpbf16ps(3, 5, 7);
+  };
+  if constexpr (std::is_integral_v<steps_t>) {
+    for (int64_t i = 0; i < steps; ++i) add(i);
+  } else {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < steps_t::value; ++i) add(i);
   }
 }
 
