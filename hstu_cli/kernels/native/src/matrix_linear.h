@@ -132,33 +132,43 @@ struct NormedRows {
   }
 };
 
+// Rows divided into groups of about equal length, 32 rows at a time.
+struct RowGroups {
+  int64_t rows, count;
+
+  int64_t begin(int64_t group) const { return std::min(rows, blocks() * group / count * 32); }
+  int64_t end(int64_t group) const { return begin(group + 1); }
+  int64_t most_rows() const { return (blocks() + count - 1) / count * 32; }
+  int64_t blocks() const { return (rows + 31) / 32; }
+};
+
 // Multiplies groups of rows, brought into tiles once, with blocks of 32 columns.
 template <typename source_t>
 class LinearWorker {
  public:
   LinearWorker(
-      const source_t& source, int64_t rows, const bf16* packed, const PackedWeight& weight, bf16* y, int64_t part_width,
-      int64_t group_rows)
+      const source_t& source, const RowGroups& groups, const bf16* packed, const PackedWeight& weight, bf16* y,
+      int64_t part_width)
       : source_(source),
-        rows_(rows),
+        groups_(groups),
         packed_(packed),
         weight_(weight),
         y_(y),
-        part_width_(part_width),
-        group_rows_(group_rows) {
+        part_width_(part_width) {
     Carver sizes;
     carve(sizes);
     Carver carver(scratch(sizes.used()));
     carve(carver);
-    stream_ = rows * weight.out >= STREAMED && part_width % 32 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+    stream_ = groups.rows * weight.out >= STREAMED && part_width % 32 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
   }
 
   LinearWorker(const LinearWorker&) = delete;
 
   template <typename finish_t>
-  void run(int64_t row_begin, int64_t block_begin, int64_t block_end, const finish_t& finish) {
-    if (row_begin != loaded_) load(row_begin);
-    const int64_t count = std::min(group_rows_, rows_ - row_begin);
+  void run(int64_t group, int64_t block_begin, int64_t block_end, const finish_t& finish) {
+    const int64_t row_begin = groups_.begin(group), count = groups_.end(group) - row_begin;
+    if (group != loaded_) load(row_begin, count);
+    loaded_ = group;
     // Few rows need the weights as fast as these come, so close by, and in small portions, beside which rows have room.
     if (count <= FEW_ROWS) {
       multiply<Reuse::both, _MM_HINT_T0, 8>(row_begin, count, block_begin, block_end, finish);
@@ -171,8 +181,8 @@ class LinearWorker {
   static constexpr int64_t FEW_ROWS = 64;
 
   void carve(Carver& carver) {
-    carver.take(tiles_, group_rows_ * weight_.steps() * STEP);
-    carver.take(sums_, group_rows_ * PackedWeight::COLUMNS);
+    carver.take(tiles_, groups_.most_rows() * weight_.steps() * STEP);
+    carver.take(sums_, groups_.most_rows() * PackedWeight::COLUMNS);
   }
 
   // The sums of up to 32 rows in 32 columns, and where their results belong. What becomes of them is computed beside the
@@ -206,7 +216,7 @@ class LinearWorker {
   // The sums of rows from `row` on in a block of columns.
   Sums sums_of(int64_t row_begin, int64_t row, int64_t count, int64_t block) const {
     const int64_t column = block * PackedWeight::COLUMNS;
-    bf16* part = y_ + column / part_width_ * rows_ * part_width_ + column % part_width_;
+    bf16* part = y_ + column / part_width_ * groups_.rows * part_width_ + column % part_width_;
     return {
         sums_ + row * PackedWeight::COLUMNS,
         row_begin + row,
@@ -283,21 +293,20 @@ class LinearWorker {
   }
 
   // Rows as left operands: [rows / 32][steps][2].
-  void load(int64_t row_begin) {
-    const int64_t count = std::min(group_rows_, rows_ - row_begin), steps = weight_.steps();
+  void load(int64_t row_begin, int64_t count) {
+    const int64_t steps = weight_.steps();
     for (int64_t i = 0; i < round_up(count, 32); i += 16) {
       bf16* tiles = tiles_ + i / 32 * 2 * steps * TILE + i % 32 / 16 * TILE;
       source_.load(row_begin + i, std::clamp<int64_t>(count - i, 0, 16), weight_.in, tiles, 2 * TILE);
     }
-    loaded_ = row_begin;
   }
 
   source_t source_;
-  int64_t rows_;
+  RowGroups groups_;
   const bf16* packed_;
   const PackedWeight& weight_;
   bf16* y_;
-  int64_t part_width_, group_rows_, loaded_ = -1;
+  int64_t part_width_, loaded_ = -1;
   bf16* tiles_;
   float* sums_;
   bool stream_;
@@ -306,7 +315,8 @@ class LinearWorker {
 
 // How a product is divided into tasks: groups of rows by parts of the columns.
 struct Division {
-  int64_t groups, group_rows, parts;
+  RowGroups groups;
+  int64_t parts;
 };
 
 // Where each thread gets rows enough for the weights that it reads, it takes as many groups as the others, with all
@@ -317,7 +327,7 @@ inline Division divide(int64_t rows, int64_t most_rows, const PackedWeight& weig
   const bool by_rows = threads == 1 || (least > 1 && rows >= LEAST_ROWS * threads);
   const int64_t groups = by_rows ? round_up(least, threads) : least, wanted = TASKS_PER_THREAD * threads;
   const int64_t parts = by_rows ? 1 : std::clamp<int64_t>((wanted + groups - 1) / groups, 1, weight.blocks());
-  return {groups, round_up((rows + groups - 1) / groups, 32), parts};
+  return {{rows, groups}, parts};
 }
 
 // y [out / part_width, rows, part_width] = finish(x W') of the rows of a source, [rows, in], columns in parts of as
@@ -327,16 +337,15 @@ void linear(
     const source_t& source, int64_t rows, const bf16* packed, const PackedWeight& weight, bf16* y, int64_t part_width,
     const finish_t& finish) {
   const Division division = divide(rows, finish_t::MOST_ROWS, weight);
-  const int64_t group_rows = division.group_rows, parts = division.parts, threads = at::get_num_threads();
+  const int64_t parts = division.parts, num_tasks = division.groups.count * parts;
   const int64_t part_blocks = (weight.blocks() + parts - 1) / parts;
   std::atomic<int64_t> next{0};
-  parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(at::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) {
-      LinearWorker<source_t> worker(source, rows, packed, weight, y, part_width, group_rows);
-      for (int64_t i = next++; i < division.groups * parts; i = next++) {
-        if (i / parts * group_rows >= rows) break;
+      LinearWorker<source_t> worker(source, division.groups, packed, weight, y, part_width);
+      for (int64_t i = next++; i < num_tasks; i = next++) {
         const int64_t first = std::min(i % parts * part_blocks, weight.blocks());
-        worker.run(i / parts * group_rows, first, std::min(first + part_blocks, weight.blocks()), finish);
+        worker.run(i / parts, first, std::min(first + part_blocks, weight.blocks()), finish);
       }
     }
   });

@@ -66,13 +66,12 @@ class ProductWorker {
  public:
   // left [rows, depth], or [depth, rows] where `transposed`: then even rows of 32 come before the odd ones.
   ProductWorker(
-      const Matrix& left, bool transposed, const RightOperand& right, int64_t group_rows, int64_t chunk_steps,
+      const Matrix& left, bool transposed, const RightOperand& right, const RowGroups& groups, int64_t chunk_steps,
       int64_t part_blocks)
       : left_(left),
         transposed_(transposed),
         right_(right),
-        rows_(transposed ? left.columns : left.rows),
-        group_rows_(group_rows),
+        groups_(groups),
         chunk_steps_(chunk_steps),
         part_blocks_(part_blocks) {
     Carver sizes;
@@ -85,13 +84,14 @@ class ProductWorker {
 
   // finish(row, column, low, high, exist): 32 sums of a row from a column on.
   template <typename finish_t>
-  void run(int64_t row_begin, int64_t block_begin, int64_t block_end, const finish_t& finish) {
-    const int64_t steps = right_.shape.steps(), count = std::min(group_rows_, rows_ - row_begin);
+  void run(int64_t group, int64_t block_begin, int64_t block_end, const finish_t& finish) {
+    const int64_t row_begin = groups_.begin(group), count = groups_.end(group) - row_begin;
+    const int64_t steps = right_.shape.steps();
     for (int64_t chunk = 0; chunk < steps; chunk += chunk_steps_) {
       const int64_t chunk_end = std::min(chunk + chunk_steps_, steps);
       load(row_begin, count, chunk, chunk_end);
       for (int64_t block = block_begin; block < block_end; ++block) {
-        float* block_sums = sums_ + (chunk_steps_ < steps ? (block - block_begin) * group_rows_ * 32 : 0);
+        float* block_sums = sums_ + (chunk_steps_ < steps ? (block - block_begin) * groups_.most_rows() * 32 : 0);
         for (int64_t step = chunk; step < chunk_end; step += DEPTH) {
           const int64_t depth = std::min(DEPTH, chunk_end - step);
           const bf16* right = right_.tiles() + block * right_.shape.block_size() + 2 * step * TILE;
@@ -125,8 +125,8 @@ class ProductWorker {
 
   void carve(Carver& carver) {
     const bool whole = chunk_steps_ >= right_.shape.steps();
-    carver.take(tiles_, group_rows_ * std::min(chunk_steps_, right_.shape.steps()) * STEP);
-    carver.take(sums_, group_rows_ * 32 * (whole ? 1 : part_blocks_));
+    carver.take(tiles_, groups_.most_rows() * std::min(chunk_steps_, right_.shape.steps()) * STEP);
+    carver.take(sums_, groups_.most_rows() * 32 * (whole ? 1 : part_blocks_));
   }
 
   // Left operands: [rows / 32][steps][2].
@@ -178,7 +178,8 @@ class ProductWorker {
   const Matrix& left_;
   bool transposed_;
   const RightOperand& right_;
-  int64_t rows_, group_rows_, chunk_steps_, part_blocks_, loaded_row_ = -1, loaded_chunk_ = -1;
+  RowGroups groups_;
+  int64_t chunk_steps_, part_blocks_, loaded_row_ = -1, loaded_chunk_ = -1;
   bf16* tiles_;
   float* sums_;
   TileSession session_;
@@ -193,7 +194,6 @@ void multiply_matrices(const Matrix& left, bool transposed, const RightOperand& 
   const int64_t steps = right.shape.steps(), blocks = right.shape.blocks();
   const int64_t most_rows = steps <= SHALLOW_STEPS ? 512 : 256;
   const int64_t least = (rows + most_rows - 1) / most_rows, groups = least == 1 ? 1 : round_up(least, threads);
-  const int64_t group_rows = std::max<int64_t>(32, round_up((rows + groups - 1) / groups, 32));
   const int64_t wanted = groups % threads == 0 ? 1 : (TASKS_PER_THREAD * threads + groups - 1) / groups;
   const int64_t parts = std::clamp<int64_t>(
       steps > CHUNK_STEPS ? std::max(wanted, (blocks + CHUNKED_BLOCKS - 1) / CHUNKED_BLOCKS) : wanted, 1, blocks);
@@ -201,11 +201,10 @@ void multiply_matrices(const Matrix& left, bool transposed, const RightOperand& 
   std::atomic<int64_t> next{0};
   parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) {
-      ProductWorker worker(left, transposed, right, group_rows, CHUNK_STEPS, part_blocks);
+      ProductWorker worker(left, transposed, right, {rows, groups}, CHUNK_STEPS, part_blocks);
       for (int64_t i = next++; i < groups * parts; i = next++) {
-        if (i / parts * group_rows >= rows) break;
         const int64_t first = std::min(i % parts * part_blocks, blocks);
-        worker.run(i / parts * group_rows, first, std::min(first + part_blocks, blocks), finish);
+        worker.run(i / parts, first, std::min(first + part_blocks, blocks), finish);
       }
     }
   });
