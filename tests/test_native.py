@@ -49,6 +49,15 @@ def test_any_number_of_threads_is_right_and_repeats_itself(threads, num_threads:
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_candidates_than_a_task_has_rows_and_no_history(dtype: torch.dtype) -> None:
+    for history, candidates in (((0,), (600,)), ((0, 700, 0), (1030, 2, 513))):
+        inputs = make_inputs(AttentionCase(history, candidates, head_dim=64), dtype)
+        expected, bound = oracle(inputs)
+        assert ((run(inputs, "native").double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.native
 @pytest.mark.parametrize("num_threads", [1, 4])
 def test_few_rows_over_many_pages(threads, num_threads: int) -> None:
     threads(num_threads)

@@ -184,12 +184,12 @@ def test_products_of_any_shape(threads, transposed: tuple[bool, bool]) -> None:
     if not torch.ops.hstu_native.has_bf16_tiles():
         pytest.skip("no matrix units here")
     generator = torch.Generator().manual_seed(4)
-    for m, k, n in ((1, 1, 1), (33, 70, 31), (300, 2100, 1100), (64, 0, 5), (257, 31, 64)):
+    for m, k, n in ((1, 1, 1), (33, 70, 31), (300, 2100, 1100), (64, 0, 5), (257, 31, 64), (600, 64, 33)):
         a, b = (torch.randn(size, generator=generator).bfloat16() for size in ((m, k), (k, n)))
         residual = torch.randn(m, n, generator=generator).bfloat16()
         exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
         left, right = (x.T.contiguous() if turned else x for x, turned in zip((a, b), transposed, strict=True))
-        for num_threads in (1, 5):
+        for num_threads in (1, 5, 40):  # 40: more than groups of 32 rows
             threads(num_threads)
             found = torch.ops.hstu_native.product(left, right, *transposed, None)
             bound = torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + k * torch.finfo(torch.float32).eps * size

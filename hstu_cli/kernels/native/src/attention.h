@@ -154,7 +154,7 @@ class Worker {
   // A candidate sees itself, too: adds SiLU(q k') v of one token. What the next token needs is fetched meanwhile.
   void add_own_value(int64_t token, int64_t head) {
     const int64_t d = batch_.head_dim;
-    real_t *left = own_, *right = own_ + d;
+    real_t *left = own_, *right = own_ + d;  // q and k, then v in the place of q
     const auto bring = [&](const Rows<scalar_t>& rows, real_t* wide) {
       const scalar_t* row = rows.at(token, head);
       for (int64_t c = 0; c < d; c += 64 / sizeof(scalar_t)) __builtin_prefetch(row + rows.token_stride + c);
@@ -179,7 +179,7 @@ class Worker {
   const Batch<scalar_t>& batch_;
   const PackedKeys<tiles_t>& packed_;
   tiles_t tiles_;
-  real_t *partial_sums_, *sums_, *row_, *own_;
+  real_t *partial_sums_, *sums_, *row_, *own_;  // row_: one row of results; own_: two rows, widened
   KeyRow<scalar_t> *key_rows_, *next_rows_;
   scalar_t* chunk_ = nullptr;  // that this task packs for itself
 };

@@ -130,7 +130,7 @@ class FewRows : public MatrixRows {
     const bf16* queries = queries_ + (block.head * padded_rows_ + block.row) * width_;
     const Scores scores = scores_of(last);
     Ahead ahead = ahead_;
-    const auto add = [&](const auto& weigh_pair) {
+    const auto add = [&](const auto& weigh_pair) __attribute__((always_inline)) {
       add_products<Reuse::right>(
           steps, left, {queries, queries + steps * TILE},
           [&](int64_t i) __attribute__((always_inline)) {
@@ -150,7 +150,8 @@ class FewRows : public MatrixRows {
     ahead_ = ahead;
   }
 
-  // The scores of a block and where its weights belong, as in `ManyRows`.
+  // The scores of a block and where its weights belong. No members of `FewRows`, nor is what is fetched beside products:
+  // those the compiler would read again after every store.
   struct Scores {
     const float* scores;
     uint32_t* pairs;

@@ -103,7 +103,7 @@ class ManyRows : public MatrixRows {
     const bf16* keys = keys_ + block.step * STEP * width_;
     const Scores scores = scores_of(last);
     Next next = next_;
-    auto add = [&](const auto& weigh_row) {
+    const auto add = [&](const auto& weigh_row) __attribute__((always_inline)) {
       add_products<Reuse::left>(
           steps, {queries, queries + steps * TILE}, {keys, keys + steps * TILE},
           [&](int64_t i) __attribute__((always_inline)) {
@@ -123,8 +123,8 @@ class ManyRows : public MatrixRows {
     next_ = next;
   }
 
-  // The scores of a block and where its weights belong. No members of `ManyRows`: the compiler would read those again
-  // after every store.
+  // The scores of a block and where its weights belong. No members of `ManyRows`, nor is what is fetched beside products:
+  // those the compiler would read again after every store.
   struct Scores {
     const float* scores;
     bf16* weights;
@@ -160,8 +160,8 @@ class ManyRows : public MatrixRows {
     next_ = next;
   }
 
-  // The next chunk, brought closer line by line: as many tile products as 512 rows need are as many lines. Where there
-  // is none, one line of this chunk again and again, which costs less than to ask.
+  // The next chunk, brought closer one line beside every second product: all of it by 512 rows that see all keys, a part
+  // by fewer. Where there is none, one line of this chunk again and again, which costs less than to ask.
   struct Next {
     const bf16* at = nullptr;
     int64_t step = 0;

@@ -132,14 +132,18 @@ struct NormedRows {
   }
 };
 
-// Rows divided into groups of about equal length, 32 rows at a time.
+// Rows divided into groups of about equal length, 32 rows at a time: into as many as are wanted, but none is empty.
 struct RowGroups {
-  int64_t rows, count;
+  int64_t rows, blocks, count;
 
-  int64_t begin(int64_t group) const { return std::min(rows, blocks() * group / count * 32); }
+  RowGroups(int64_t rows, int64_t wanted)
+      : rows(rows),
+        blocks((rows + ROW_STEP - 1) / ROW_STEP),
+        count(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks, 1))) {}
+
+  int64_t begin(int64_t group) const { return std::min(rows, blocks * group / count * ROW_STEP); }
   int64_t end(int64_t group) const { return begin(group + 1); }
-  int64_t most_rows() const { return (blocks() + count - 1) / count * 32; }
-  int64_t blocks() const { return (rows + 31) / 32; }
+  int64_t most_rows() const { return (blocks + count - 1) / count * ROW_STEP; }
 };
 
 // Multiplies groups of rows, brought into tiles once, with blocks of 32 columns.
@@ -248,14 +252,14 @@ class LinearWorker {
     done.store(0, 32, finish);
   }
 
-  // Multiplies all rows with a portion of a block. done: the sums before it; returns those of which nothing has become
-  // yet.
+  // Multiplies all rows with a portion of a block, as deep as a number or, for a loop of known length, a constant says.
+  // done: sums that are not stored yet; they are beside the first products. Returns the last ones of this portion.
   template <Reuse reuse, auto hint, typename depth_t, typename finish_t>
   inline __attribute__((always_inline)) Sums multiply_portion(
       depth_t depth, int64_t step, int64_t block, int64_t row_begin, int64_t count, Sums done, const finish_t& finish) {
     const int64_t steps = weight_.steps();
     const bool last = step + depth == steps;
-    const int64_t rows_each = (16 + depth - 1) / depth;
+    const int64_t rows_each = (32 + 2 * depth - 1) / (2 * depth);  // of 32, beside each of so many pairs of products
     const bf16* right = packed_ + block * weight_.block_size() + 2 * step * TILE;
     // What is multiplied next comes from memory meanwhile, a few lines at a time.
     const bf16* next = right + 2 * depth * TILE;
@@ -268,7 +272,7 @@ class LinearWorker {
       } else {
         load_sums(sums, 2 * SUM_TILE);
       }
-      const auto add = [&](const auto& beside) {
+      const auto add = [&](const auto& beside) __attribute__((always_inline)) {
         add_products<reuse>(
             depth, {left, left + TILE, 2 * TILE}, {right, right + TILE, 2 * TILE},
             [&](int64_t i) __attribute__((always_inline)) {
@@ -327,7 +331,7 @@ inline Division divide(int64_t rows, int64_t most_rows, const PackedWeight& weig
   const bool by_rows = threads == 1 || (least > 1 && rows >= LEAST_ROWS * threads);
   const int64_t groups = by_rows ? round_up(least, threads) : least, wanted = TASKS_PER_THREAD * threads;
   const int64_t parts = by_rows ? 1 : std::clamp<int64_t>((wanted + groups - 1) / groups, 1, weight.blocks());
-  return {{rows, groups}, parts};
+  return {RowGroups(rows, groups), parts};
 }
 
 // y [out / part_width, rows, part_width] = finish(x W') of the rows of a source, [rows, in], columns in parts of as

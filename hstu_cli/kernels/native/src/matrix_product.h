@@ -89,7 +89,9 @@ class ProductWorker {
     const int64_t steps = right_.shape.steps();
     for (int64_t chunk = 0; chunk < steps; chunk += chunk_steps_) {
       const int64_t chunk_end = std::min(chunk + chunk_steps_, steps);
-      load(row_begin, count, chunk, chunk_end);
+      if (group != loaded_group_ || chunk != loaded_chunk_) load(row_begin, count, chunk, chunk_end);
+      loaded_group_ = group;
+      loaded_chunk_ = chunk;
       for (int64_t block = block_begin; block < block_end; ++block) {
         float* block_sums = sums_ + (chunk_steps_ < steps ? (block - block_begin) * groups_.most_rows() * 32 : 0);
         for (int64_t step = chunk; step < chunk_end; step += DEPTH) {
@@ -131,9 +133,6 @@ class ProductWorker {
 
   // Left operands: [rows / 32][steps][2].
   void load(int64_t row_begin, int64_t count, int64_t chunk, int64_t chunk_end) {
-    if (row_begin == loaded_row_ && chunk == loaded_chunk_) return;
-    loaded_row_ = row_begin;
-    loaded_chunk_ = chunk;
     const int64_t steps = chunk_end - chunk;
     if (transposed_) {
       alignas(64) bf16 even[TILE], odd[TILE];
@@ -179,7 +178,7 @@ class ProductWorker {
   bool transposed_;
   const RightOperand& right_;
   RowGroups groups_;
-  int64_t chunk_steps_, part_blocks_, loaded_row_ = -1, loaded_chunk_ = -1;
+  int64_t chunk_steps_, part_blocks_, loaded_group_ = -1, loaded_chunk_ = -1;
   bf16* tiles_;
   float* sums_;
   TileSession session_;
@@ -193,16 +192,17 @@ void multiply_matrices(const Matrix& left, bool transposed, const RightOperand& 
   const int64_t rows = transposed ? left.columns : left.rows, threads = at::get_num_threads();
   const int64_t steps = right.shape.steps(), blocks = right.shape.blocks();
   const int64_t most_rows = steps <= SHALLOW_STEPS ? 512 : 256;
-  const int64_t least = (rows + most_rows - 1) / most_rows, groups = least == 1 ? 1 : round_up(least, threads);
-  const int64_t wanted = groups % threads == 0 ? 1 : (TASKS_PER_THREAD * threads + groups - 1) / groups;
+  const int64_t least = (rows + most_rows - 1) / most_rows;
+  const RowGroups groups(rows, least == 1 ? 1 : round_up(least, threads));
+  const int64_t wanted = groups.count % threads == 0 ? 1 : (TASKS_PER_THREAD * threads + groups.count - 1) / groups.count;
   const int64_t parts = std::clamp<int64_t>(
       steps > CHUNK_STEPS ? std::max(wanted, (blocks + CHUNKED_BLOCKS - 1) / CHUNKED_BLOCKS) : wanted, 1, blocks);
   const int64_t part_blocks = (blocks + parts - 1) / parts;
   std::atomic<int64_t> next{0};
   parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) {
-      ProductWorker worker(left, transposed, right, {rows, groups}, CHUNK_STEPS, part_blocks);
-      for (int64_t i = next++; i < groups * parts; i = next++) {
+      ProductWorker worker(left, transposed, right, groups, CHUNK_STEPS, part_blocks);
+      for (int64_t i = next++; i < groups.count * parts; i = next++) {
         const int64_t first = std::min(i % parts * part_blocks, blocks);
         worker.run(i / parts, first, std::min(first + part_blocks, blocks), finish);
       }

@@ -146,7 +146,7 @@ class MatrixRows {
     if (key_steps == 0 && add) return;
     const int64_t below = 16 * width_, lines = (16 + key_steps - 1) / std::max<int64_t>(key_steps, 1);  // at a time
     for (int64_t tile = 0; tile < 2 * steps_; tile += 2) {
-      const float* next = sums + (tile + 2) * SUM_TILE;
+      const float* next = sums + (tile + 2 < 2 * steps_ ? (tile + 2) * SUM_TILE : 2 * below);
       if (add) {
         load_sums(sums + tile * SUM_TILE, below);
       } else {

@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "plan.h"
 #include "scratch.h"
@@ -94,8 +95,8 @@ struct Operands {
   int64_t step = TILE, row_bytes = 64;
 };
 
-// sums += [a0; a1] [b0 b1] over so many tiles of each. beside(i) runs between, 2 steps times: other units are free
-// meanwhile.
+// sums += [a0; a1] [b0 b1] over so many tiles of each: a number, or a constant whose loop is unrolled. beside(i) runs
+// between, 2 steps times: other units are free meanwhile.
 template <Reuse reuse = Reuse::both, typename steps_t, typename beside_t>
 inline __attribute__((always_inline)) void add_products(
     steps_t steps, const Operands& a, const Operands& b, const beside_t& beside) {

@@ -98,7 +98,7 @@ class PackedKeys {
     std::vector<Job> jobs;
     for (int64_t begin = first, end; begin < last; begin = end) {
       end = std::min(last, round_up(begin + 1, batch_.num_heads));
-      if (!is_shared(begin)) continue;
+      if (!is_shared(begin) || chunks_of(begin) == 0) continue;
       const int64_t heads = end - begin, wanted = 2 * at::get_num_threads() * heads;
       const int64_t parts = std::clamp<int64_t>((wanted + held - 1) / held, 1, heads);
       for (int64_t chunk = 0; chunk < chunks_of(begin); ++chunk) {
