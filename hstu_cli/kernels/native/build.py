@@ -206,7 +206,9 @@ def _compile(recipe: _Recipe, folder: Path) -> None:
         for unit, target in zip(UNITS, objects, strict=True)
     ]
     with ThreadPoolExecutor(len(UNITS)) as pool:
-        list(pool.map(lambda command: _run(recipe, command), compilations))
+        runs = [pool.submit(_run, recipe, command) for command in compilations]
+    for run in runs:
+        run.result()
     _run(recipe, (recipe.compiler, *_sanitizers(recipe), *objects, "-o", folder / LIBRARY, *recipe.link_flags))
 
 
