@@ -253,13 +253,13 @@ class LinearWorker {
   }
 
   // Multiplies all rows with a portion of a block, as deep as a number or, for a loop of known length, a constant says.
-  // done: sums that are not stored yet; they are beside the first products. Returns the last ones of this portion.
+  // done: sums whose results are stored beside the first products; returned are those left for the next portion.
   template <Reuse reuse, auto hint, typename depth_t, typename finish_t>
   inline __attribute__((always_inline)) Sums multiply_portion(
       depth_t depth, int64_t step, int64_t block, int64_t row_begin, int64_t count, Sums done, const finish_t& finish) {
     const int64_t steps = weight_.steps();
     const bool last = step + depth == steps;
-    const int64_t rows_each = (32 + 2 * depth - 1) / (2 * depth);  // of 32, beside each of so many pairs of products
+    const int64_t rows_each = (32 + 2 * depth - 1) / (2 * depth);  // whose results are stored at a time
     const bf16* right = packed_ + block * weight_.block_size() + 2 * step * TILE;
     // What is multiplied next comes from memory meanwhile, a few lines at a time.
     const bf16* next = right + 2 * depth * TILE;
