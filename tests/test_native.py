@@ -162,7 +162,23 @@ def test_keys_of_pages_and_new_ones_whose_heads_lie_differently(threads) -> None
 
 
 @pytest.mark.native
-def test_bf16_without_matrix_units() -> None:
+@pytest.mark.skipif("avx512_bf16" not in build._cpu_features(), reason="a CPU without AVX-512 BF16")
+def test_bf16_tiles_in_vectors_instead_of_matrix_units() -> None:
+    if torch.ops.hstu_native.bf16_tile_units() == "vectors":
+        pytest.skip("no matrix units here: every test of bf16 is one of vectors")
+    files = ("attention", "paged_attention", "linear", "norm_linear", "attention_gradients", "native_training")
+    code = (
+        "import pytest, torch\n"
+        f"files = ['tests/test_%s.py' % name for name in {files}]\n"
+        "assert pytest.main(['-q', '-k', 'native and (bfloat16 or products)', *files]) == 0\n"
+        "assert torch.ops.hstu_native.bf16_tile_units() == 'vectors'\n"
+    )
+    done = in_process(code, **{build.FLAGS_VARIABLE: "-mno-amx-bf16 -mno-amx-tile"})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.native
+def test_bf16_without_tiles() -> None:
     code = (
         "import torch, sys; sys.path.insert(0, 'tests')\n"
         "from test_attention import *\n"

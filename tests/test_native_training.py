@@ -182,7 +182,7 @@ def test_the_random_numbers_are_those_of_the_published_generator() -> None:
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)], ids=str)
 def test_products_of_any_shape(threads, transposed: tuple[bool, bool]) -> None:
     if not torch.ops.hstu_native.has_bf16_tiles():
-        pytest.skip("no matrix units here")
+        pytest.skip("no bf16 tiles here")
     generator = torch.Generator().manual_seed(4)
     for m, k, n in ((1, 1, 1), (33, 70, 31), (300, 2100, 1100), (64, 0, 5), (257, 31, 64), (600, 64, 33)):
         a, b = (torch.randn(size, generator=generator).bfloat16() for size in ((m, k), (k, n)))
@@ -201,7 +201,7 @@ def test_products_of_any_shape(threads, transposed: tuple[bool, bool]) -> None:
 
 @pytest.mark.parametrize("isa", ["AVX2", "DEFAULT"])
 def test_cpus_with_less(isa: str, tmp_path) -> None:
-    """Without matrix units, and (DEFAULT) built for the plainest vectors: a build of its own."""
+    """Without bf16 tiles, and (DEFAULT) built for the plainest vectors: a build of its own."""
     code = (
         "import torch, sys; sys.path.insert(0, 'tests')\n"
         "from test_native_training import *\n"

@@ -1,6 +1,6 @@
 """Pieces of the fused layer (`function.Pieces`) by the C++ operators, which must be loaded: `choose_impl` sees to it.
 
-Every row-wise operator is one pass over its rows. Products are torch's, but for those in bf16 that matrix units do
+Every row-wise operator is one pass over its rows. Products are torch's, but for those in bf16 that the C++ tiles do
 faster here: the first linear layer with its SiLU, and the weights' gradients.
 """
 
@@ -40,7 +40,7 @@ def layer_norm_gradients(
 
 def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Pieces`."""
-    if _in_matrix_units(x):
+    if _in_tiles(x):
         return torch.ops.hstu_native.linear_silu_kept(x, weight, bias)
     linear = torch.addmm(bias, x, weight.T)
     return linear, silu(linear)
@@ -108,7 +108,7 @@ def norm_mul_dropout_gradients(
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """See `Pieces`."""
-    if _in_matrix_units(grad):
+    if _in_tiles(grad):
         return torch.ops.hstu_native.product(grad, x, True, False, None)
     return blocked.weight_gradient(grad, x)
 
@@ -118,5 +118,5 @@ def dropout_mask(num_rows: int, width: int, share: float, seed: int, device: tor
     return torch.ops.hstu_native.dropout_mask(num_rows, width, seed, dropout_level(share)).to(device)
 
 
-def _in_matrix_units(x: torch.Tensor) -> bool:
+def _in_tiles(x: torch.Tensor) -> bool:
     return x.dtype == torch.bfloat16 and torch.ops.hstu_native.has_bf16_tiles()

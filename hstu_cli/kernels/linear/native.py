@@ -1,6 +1,6 @@
 """The linear layers on weights that are packed once; SiLU and the sum happen before the result is rounded.
 
-In bf16: by the C++ operators where there are matrix units, else by oneDNN. `torch.nn.functional.linear`
+In bf16: by the C++ operators where they have tiles, else by oneDNN. `torch.nn.functional.linear`
 packs its weight on every call, which for few rows takes as long as the product.
 """
 
@@ -57,7 +57,7 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tenso
 
 
 def goes_into_tiles(x: torch.Tensor) -> bool:
-    """Whether the C++ operators multiply these rows in matrix units."""
+    """Whether the C++ operators multiply these rows in tiles."""
     return x.dtype == torch.bfloat16 and x.numel() > 0 and torch.ops.hstu_native.has_bf16_tiles()
 
 
@@ -66,7 +66,7 @@ def _goes_to_onednn(x: torch.Tensor) -> bool:
 
 
 def packed_tiles(weight: torch.Tensor) -> torch.Tensor:
-    """A bf16 weight as the C++ operators multiply it in matrix units; packed at its first use."""
+    """A bf16 weight as the C++ operators multiply it in tiles; packed at its first use."""
     return _packed_weight(weight, torch.ops.hstu_native.pack_weight)
 
 

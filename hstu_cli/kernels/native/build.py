@@ -108,7 +108,8 @@ def _find(*, build: bool, retry: bool) -> NativeState:
 
 
 def _tile_note() -> str:
-    return ", bf16 in matrix units" if torch.ops.hstu_native.has_bf16_tiles() else ""
+    units = torch.ops.hstu_native.bf16_tile_units()
+    return f", bf16 tiles in {units}" if units else ""
 
 
 def _recipe() -> _Recipe:

@@ -1,4 +1,4 @@
-"""Norm and product as one operator, in bf16 with matrix units: many rows are normed on their way into tiles."""
+"""Norm and product as one operator, in bf16 where the C++ operators have tiles, into which many rows are normed."""
 
 import torch
 

@@ -207,7 +207,7 @@ void attention(const Batch<typename tiles_t::scalar_type>& batch) {
   // Waking threads costs more than the smallest batches do.
   const int64_t num_threads = plan.cost * static_cast<double>(sums_per_row) < 2e5 ? 1 : at::get_num_threads();
   using real_t = typename tiles_t::sum_type;
-  std::unique_ptr<real_t[]> partial_sums(new real_t[plan.num_partial_rows * sums_per_row]);
+  const Array<real_t> partial_sums = allocate<real_t>(plan.num_partial_rows * sums_per_row);
   PackedKeys<tiles_t> packed(batch);
   auto make = [&] { return Worker<tiles_t>(batch, packed, max_heads, partial_sums.get()); };
   for (int64_t first = 0, last; first < packed.num_heads(); first = last) {

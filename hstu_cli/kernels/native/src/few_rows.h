@@ -1,9 +1,9 @@
-// Attention of few rows in matrix units: what they cost is the way of keys and values from memory.
+// Attention of few rows in tiles: what they cost is the way of keys and values from memory.
 #pragma once
 
 #include "matrix_rows.h"
 
-#ifdef HSTU_MATRIX_TILES
+#ifdef HSTU_BF16_TILES
 
 namespace hstu {
 
@@ -32,6 +32,7 @@ class FewRows : public MatrixRows {
 
   template <typename row_t>
   void load_queries(int64_t head, int64_t num_rows, int64_t padded_rows, const row_t& row) {
+    num_rows_ = num_rows;
     for (int64_t i = 0; i < padded_rows; i += 16) {
       load_transposed(
           [&](int64_t j) { return row(i + j); }, std::clamp<int64_t>(num_rows - i, 0, 16), head_dim_,
@@ -67,7 +68,7 @@ class FewRows : public MatrixRows {
       }
       for (int64_t row = 0; row < padded_rows; row += ROW_STEP) {
         add_values<Reuse::both>(
-            num_seen(row), weights_of(head, row), key_steps_ * TILE, values_, values_apart,
+            row, num_seen(row), weights_of(head, row), key_steps_ * TILE, values_, values_apart,
             sums + (head * padded_rows + row) * width_, add, [&](int64_t) { ahead_.fetch(); });
       }
     }
@@ -128,17 +129,18 @@ class FewRows : public MatrixRows {
   void multiply_of(steps_t steps, const Block& block, const Block& last) {
     const Operands left = left_[block.head * key_steps_ + block.step];
     const bf16* queries = queries_ + (block.head * padded_rows_ + block.row) * width_;
+    TileSums sums{scores_ + block.parity * 4 * SUM_TILE};
+    sums.columns = num_rows_ - block.row;
     const Scores scores = scores_of(last);
     Ahead ahead = ahead_;
     const auto add = [&](const auto& weigh_pair) __attribute__((always_inline)) {
-      add_products<Reuse::right>(
-          steps, left, {queries, queries + steps * TILE},
+      multiply_steps<Reuse::right>(
+          steps, left, {queries, queries + steps * TILE}, sums,
           [&](int64_t i) __attribute__((always_inline)) {
             for (int64_t pair = i * 8 / steps; pair < (i + 1) * 8 / steps; ++pair) weigh_pair(pair);
             ahead.fetch();
           });
     };
-    zero_sums();
     if (!last.exists) {
       add([](int64_t) {});
     } else if (last.masked()) {
@@ -146,7 +148,6 @@ class FewRows : public MatrixRows {
     } else {
       add([&](int64_t pair) __attribute__((always_inline)) { scores.weigh<false>(pair); });
     }
-    store_sums(scores_ + block.parity * 4 * SUM_TILE, 2 * SUM_TILE);
     ahead_ = ahead;
   }
 

@@ -198,7 +198,7 @@ void attention_gradients(const GradientBatch<typename tiles_t::scalar_type>& bat
   const int64_t width = tiles_t(batch.head_dim, batch.alpha).width();
   // Waking threads costs more than the smallest batches do.
   const int64_t num_threads = plan.cost * static_cast<double>(width) < 1e5 ? 1 : at::get_num_threads();
-  std::unique_ptr<real_t[]> partial_sums(new real_t[plan.num_partial_rows * width]);
+  const Array<real_t> partial_sums = allocate<real_t>(plan.num_partial_rows * width);
   auto make = [&] { return GradientWorker<tiles_t>(batch, plan, partial_sums.get()); };
   on_threads<tiles_t>(static_cast<int64_t>(plan.tasks.size()), num_threads, make, [&](auto& worker, int64_t i) {
     worker.run(plan.tasks[i]);

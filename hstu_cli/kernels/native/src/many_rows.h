@@ -1,9 +1,9 @@
-// Attention of many rows in matrix units: what they cost is products.
+// Attention of many rows in tiles: what they cost is products.
 #pragma once
 
 #include "matrix_rows.h"
 
-#ifdef HSTU_MATRIX_TILES
+#ifdef HSTU_BF16_TILES
 
 namespace hstu {
 
@@ -31,6 +31,7 @@ class ManyRows : public MatrixRows {
 
   template <typename row_t>
   void load_queries(int64_t head, int64_t num_rows, int64_t padded_rows, const row_t& row) {
+    num_rows_ = num_rows;
     for (int64_t i = 0; i < padded_rows; ++i) {
       const bf16* query = i < num_rows ? row(i) : nullptr;
       bf16* tile = queries_ + (head * padded_rows + i / 16 * 16) * width_ + i % 16 * STEP;
@@ -101,17 +102,19 @@ class ManyRows : public MatrixRows {
   void multiply_of(steps_t steps, const Block& block, const Block& last) {
     const bf16* queries = queries_ + (block.head * padded_rows_ + block.row) * width_;
     const bf16* keys = keys_ + block.step * STEP * width_;
+    TileSums sums{scores_ + block.parity * 4 * SUM_TILE};
+    sums.rows = num_rows_ - block.row;
     const Scores scores = scores_of(last);
     Next next = next_;
     const auto add = [&](const auto& weigh_row) __attribute__((always_inline)) {
-      add_products<Reuse::left>(
+      multiply_steps<Reuse::left>(
           steps, {queries, queries + steps * TILE}, {keys, keys + steps * TILE},
+          sums,
           [&](int64_t i) __attribute__((always_inline)) {
             for (int64_t row = i * 16 / steps; row < (i + 1) * 16 / steps; ++row) weigh_row(row);
             next.fetch();
           });
     };
-    zero_sums();
     if (!last.exists) {
       add([](int64_t) {});
     } else if (last.masked()) {
@@ -119,7 +122,6 @@ class ManyRows : public MatrixRows {
     } else {
       add([&](int64_t i) __attribute__((always_inline)) { scores.weigh<false>(i); });
     }
-    store_sums(scores_ + block.parity * 4 * SUM_TILE, 2 * SUM_TILE);
     next_ = next;
   }
 
@@ -155,7 +157,7 @@ class ManyRows : public MatrixRows {
   void finish(const Block& block, float* sums, bool add) {
     Next next = next_;
     add_values<Reuse::left>(
-        block.step + 1, weights_, WEIGHTS_APART, values_, VALUES_APART, sums + block.row * width_, add,
+        block.row, block.step + 1, weights_, WEIGHTS_APART, values_, VALUES_APART, sums + block.row * width_, add,
         [&](int64_t) { next.fetch(); });
     next_ = next;
   }

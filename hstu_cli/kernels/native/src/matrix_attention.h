@@ -1,10 +1,10 @@
-// Attention of some heads of a sequence in matrix units: by `FewRows` or `ManyRows`, as the rows are.
+// Attention of some heads of a sequence in bf16 tiles: by `FewRows` or `ManyRows`, as the rows are.
 #pragma once
 
 #include "few_rows.h"
 #include "many_rows.h"
 
-#ifdef HSTU_MATRIX_TILES
+#ifdef HSTU_BF16_TILES
 
 namespace hstu {
 

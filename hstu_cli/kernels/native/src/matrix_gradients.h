@@ -1,13 +1,16 @@
-// Gradients of attention's inputs, of one head of a sequence, in matrix units: scores again, block by block.
+// Gradients of attention's inputs, of one head of a sequence, in bf16 tiles: scores again, block by block.
 #pragma once
 
 #include "matrix_tiles.h"
 
-#ifdef HSTU_MATRIX_TILES
+#ifdef HSTU_BF16_TILES
+
+#include "plan.h"
+#include "scratch.h"
 
 namespace hstu {
 
-// Scores and their gradients are computed transposed (keys by rows). As they leave the matrix units they are, two rows
+// Scores and their gradients are computed transposed (keys by rows). As they leave the products they are, two rows
 // side by side, left operands of the sums over rows (gradients of keys and values) and, two keys side by side, right
 // operands of the transposed sums over keys (gradients of queries): nothing moves between lanes. A block's SiLU and its
 // slope are computed beside the next block's products.
@@ -18,7 +21,7 @@ class MatrixGradientTiles {
   using session_type = TileSession;
   // What meets at a time: more keys need fewer passes over rows and their sums, but all must stay in the second-level
   // cache.
-    static constexpr int64_t CHUNK_KEYS = 256, BLOCK_ROWS = 256;
+  static constexpr int64_t CHUNK_KEYS = 256, BLOCK_ROWS = 256;
 
   MatrixGradientTiles(int64_t head_dim, double alpha)
       : head_dim_(head_dim),
@@ -196,9 +199,7 @@ class MatrixGradientTiles {
   template <typename steps_t, typename beside_t>
   static inline __attribute__((always_inline)) void products(
       steps_t steps, const bf16* left, const bf16* right, float* results, const beside_t& beside) {
-    zero_sums();
-    add_products(steps, {left, left + steps * TILE}, {right, right + steps * TILE}, beside);
-    store_sums(results, 2 * SUM_TILE);
+    multiply_steps(steps, {left, left + steps * TILE}, {right, right + steps * TILE}, {results}, beside);
   }
 
   // Part i of so many of a block's weights.
@@ -265,13 +266,7 @@ class MatrixGradientTiles {
 
   void add_to_keys(const Block& block, const bf16* left, const bf16* right, float* sums) const {
     const int64_t below = ROW_STEPS * TILE;
-    if (block.fresh) {
-      zero_sums();
-    } else {
-      load_sums(sums, 2 * SUM_TILE);
-    }
-    add_products(block.row_steps - block.from, {left, left + below}, {right, right + below});
-    store_sums(sums, 2 * SUM_TILE);
+    multiply_steps(block.row_steps - block.from, {left, left + below}, {right, right + below}, {sums, !block.fresh});
   }
 
   // sums [2 steps][2] tiles, channels by rows.
@@ -279,9 +274,7 @@ class MatrixGradientTiles {
     const int64_t below = KEY_STEPS * TILE;
     const bf16* left = keys_transposed_;
     for (int64_t step = 0; step < steps_; ++step, left += 2 * below, sums += 4 * SUM_TILE) {
-      load_sums(sums, 2 * SUM_TILE);
-      add_products(key_steps, {left, left + below}, {pairs, pairs + below});
-      store_sums(sums, 2 * SUM_TILE);
+      multiply_steps(key_steps, {left, left + below}, {pairs, pairs + below}, {sums, true});
     }
   }
 

@@ -1,13 +1,15 @@
-// Linear layers in matrix units: y = f(x W') of bf16, with the bias and SiLU or the residual added to the sums.
+// Linear layers in tiles: y = f(x W') of bf16, with the bias and SiLU or the residual added to the sums.
 #pragma once
 
 #include "matrix_tiles.h"
 
-#ifdef HSTU_MATRIX_TILES
+#ifdef HSTU_BF16_TILES
 
 #include <atomic>
 
+#include "plan.h"
 #include "rows.h"
+#include "scratch.h"
 #include "threads.h"
 
 namespace hstu {
@@ -267,14 +269,10 @@ class LinearWorker {
     for (int64_t row = 0; row < count; row += 32) {
       const bf16* left = tiles_ + row * steps * STEP + 2 * step * TILE;
       float* sums = sums_ + row * PackedWeight::COLUMNS;
-      if (step == 0) {
-        zero_sums();
-      } else {
-        load_sums(sums, 2 * SUM_TILE);
-      }
       const auto add = [&](const auto& beside) __attribute__((always_inline)) {
-        add_products<reuse>(
+        multiply_steps<reuse>(
             depth, {left, left + TILE, 2 * TILE}, {right, right + TILE, 2 * TILE},
+            {sums, step > 0, 2 * SUM_TILE, count - row},
             [&](int64_t i) __attribute__((always_inline)) {
               for (int64_t line = 0; line < lines; ++line, next += STEP) _mm_prefetch(next, hint);
               beside(i);
@@ -290,7 +288,6 @@ class LinearWorker {
       } else {
         add([](int64_t) {});
       }
-      store_sums(sums, 2 * SUM_TILE);
       done = last ? sums_of(row_begin, row, count, block) : Sums{};
     }
     return done;

@@ -1,13 +1,9 @@
-// Matrix products of training in matrix units: bf16 operands that either lie as they are multiplied or transposed.
+// Matrix products of training in tiles: bf16 operands that either lie as they are multiplied or transposed.
 #pragma once
 
 #include "matrix_linear.h"
 
-#ifdef HSTU_MATRIX_TILES
-
-#include <cstdlib>
-#include <memory>
-#include <new>
+#ifdef HSTU_BF16_TILES
 
 namespace hstu {
 
@@ -35,17 +31,15 @@ inline void interleave_step(const Matrix& m, int64_t step, int64_t column, bf16*
 struct RightOperand {
   PackedWeight shape;  // out: columns, in: depth
   bool interleaved;
-  std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
+  Array<bf16> memory;
 
-  const bf16* tiles() const { return reinterpret_cast<const bf16*>(memory.get()); }
+  const bf16* tiles() const { return memory.get(); }
 
   // m [columns, depth] where `transposed`, else [depth, columns].
   RightOperand(const Matrix& m, bool transposed)
       : shape{transposed ? m.rows : m.columns, transposed ? m.columns : m.rows}, interleaved(!transposed) {
-    const size_t bytes = round_up(shape.size() * static_cast<int64_t>(sizeof(bf16)), 64);
-    memory.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
-    if (memory == nullptr) throw std::bad_alloc();
-    auto* packed = reinterpret_cast<bf16*>(memory.get());
+    memory = allocate<bf16>(shape.size());
+    bf16* packed = memory.get();
     if (transposed) {
       shape.pack(m.data, packed);
       return;
@@ -103,16 +97,12 @@ class ProductWorker {
           for (int64_t row = 0; row < count; row += 32) {
             const bf16* left = tiles_ + row * (chunk_end - chunk) * STEP + 2 * (step - chunk) * TILE;
             float* sums = block_sums + row * 32;
-            if (step == 0) {
-              zero_sums();
-            } else {
-              load_sums(sums, 2 * SUM_TILE);
-            }
-            add_products<Reuse::right>(depth, {left, left + TILE, 2 * TILE}, {right, right + TILE, 2 * TILE}, [&](int64_t) {
-              for (int64_t line = 0; line < lines; ++line) _mm_prefetch(next + line * STEP, _MM_HINT_T1);
-              next += lines * STEP;
-            });
-            store_sums(sums, 2 * SUM_TILE);
+            multiply_steps<Reuse::right>(
+                depth, {left, left + TILE, 2 * TILE}, {right, right + TILE, 2 * TILE},
+                {sums, step > 0, 2 * SUM_TILE, transposed_ ? 32 : count - row}, [&](int64_t) {
+                  for (int64_t line = 0; line < lines; ++line) _mm_prefetch(next + line * STEP, _MM_HINT_T1);
+                  next += lines * STEP;
+                });
             if (step + depth == steps) {
               store(row_begin + row, std::min<int64_t>(32, count - row), block * 32, sums, finish);
             }

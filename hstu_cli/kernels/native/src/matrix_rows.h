@@ -1,10 +1,13 @@
-// What attention in matrix units shares, whether few rows meet the keys or many: values as tiles, sums as rows of results,
-// and what is fetched ahead.
+// What attention in tiles shares, whether few rows meet the keys or many: values as tiles, sums as rows of results, and
+// what is fetched ahead.
 #pragma once
 
 #include "matrix_tiles.h"
 
-#ifdef HSTU_MATRIX_TILES
+#ifdef HSTU_BF16_TILES
+
+#include "plan.h"
+#include "scratch.h"
 
 namespace hstu {
 
@@ -136,24 +139,20 @@ class MatrixRows {
     return row ? load_channels(row, step * STEP, head_dim_) : _mm512_setzero_si512();
   }
 
-  // sums of 32 rows = weights values over so many steps of keys, or these are added; tiles of weights below
+  // sums of 32 rows from `row` on = weights values over so many steps of keys, or these are added; tiles of weights below
   // each other and of values beside each other begin so far apart. The sums of the next columns, or behind the last ones
   // of the next rows, are brought into the first-level cache meanwhile.
   template <Reuse reuse, typename beside_t>
   void add_values(
-      int64_t key_steps, const bf16* weights, int64_t weights_apart, const bf16* values, int64_t values_apart, float* sums,
-      bool add, const beside_t& beside) const {
+      int64_t row, int64_t key_steps, const bf16* weights, int64_t weights_apart, const bf16* values,
+      int64_t values_apart, float* sums, bool add, const beside_t& beside) const {
     if (key_steps == 0 && add) return;
     const int64_t below = 16 * width_, lines = (16 + key_steps - 1) / std::max<int64_t>(key_steps, 1);  // at a time
     for (int64_t tile = 0; tile < 2 * steps_; tile += 2) {
       const float* next = sums + (tile + 2 < 2 * steps_ ? (tile + 2) * SUM_TILE : 2 * below);
-      if (add) {
-        load_sums(sums + tile * SUM_TILE, below);
-      } else {
-        zero_sums();
-      }
-      add_products<reuse>(
-          key_steps, {weights, weights + weights_apart}, {values + tile * values_apart, values + (tile + 1) * values_apart},
+      multiply_steps<reuse>(
+          key_steps, {weights, weights + weights_apart},
+          {values + tile * values_apart, values + (tile + 1) * values_apart}, {sums + tile * SUM_TILE, add, below, num_rows_ - row},
           [&](int64_t i) {
             for (int64_t line = 0; line < lines; ++line, next += 16) {
               _mm_prefetch(next, _MM_HINT_T0);
@@ -161,13 +160,12 @@ class MatrixRows {
             }
             beside(i);
           });
-      store_sums(sums + tile * SUM_TILE, below);
     }
   }
 
   int64_t head_dim_, width_, steps_;
   __m512 minus_alpha_log2e_;
-  int64_t key_steps_ = 0, padded_rows_ = 0, diagonal_ = 0;
+  int64_t key_steps_ = 0, num_rows_ = 0, padded_rows_ = 0, diagonal_ = 0;
 };
 
 }  // namespace hstu

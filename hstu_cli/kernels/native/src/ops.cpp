@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <string>
 
 #include "attention.h"
 #include "matrix_linear.h"
@@ -14,13 +15,20 @@
 
 namespace hstu {
 
-// Whether bf16 is multiplied in matrix units here.
+// Whether bf16 is multiplied in tiles here, and by what.
 bool has_bf16_tiles() {
-#ifdef HSTU_MATRIX_TILES
-  return matrix_tiles_work();
+#ifdef HSTU_BF16_TILES
+  return tile_units_work();
 #else
   return false;
 #endif
+}
+
+std::string bf16_tile_units() {
+#ifdef HSTU_BF16_TILES
+  if (tile_units_work()) return TILE_UNITS;
+#endif
+  return "";
 }
 
 template <typename tiles_t>
@@ -81,8 +89,8 @@ at::Tensor paged_attention(
   };
   switch (q.scalar_type()) {
     case at::kBFloat16:
-#ifdef HSTU_MATRIX_TILES
-      if (matrix_tiles_work()) return call.template operator()<MatrixTiles>();
+#ifdef HSTU_BF16_TILES
+      if (tile_units_work()) return call.template operator()<MatrixTiles>();
 #endif
       return call.template operator()<VectorTiles<at::BFloat16, float>>();
     case at::kHalf:
@@ -182,12 +190,12 @@ void append(
   }
 }
 
-#ifdef HSTU_MATRIX_TILES
-// Multiplies 32 x 256 by 256 x 32 over and over on every thread, from the first-level cache: what the matrix units do
+#ifdef HSTU_BF16_TILES
+// Multiplies 32 x 256 by 256 x 32 over and over on every thread, from the first-level cache: what tiles give
 // where nothing holds them up. Returns the FLOPs.
 int64_t multiply_tiles(int64_t repeats) {
   constexpr int64_t STEPS = 8;
-  TORCH_CHECK(matrix_tiles_work(), "no matrix units here");
+  TORCH_CHECK(tile_units_work(), "no bf16 tiles here");
   const int64_t threads = at::get_num_threads();
   parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
     alignas(64) bf16 operands[4 * STEPS * TILE];
@@ -196,9 +204,7 @@ int64_t multiply_tiles(int64_t repeats) {
     TileSession session;
     for (int64_t i = 0; i < repeats * (end - begin); ++i) {
       const bf16* right = operands + 2 * STEPS * TILE;
-      zero_sums();
-      add_products(STEPS, {operands, operands + STEPS * TILE}, {right, right + STEPS * TILE});
-      store_sums(sums, 2 * SUM_TILE);
+      multiply_steps(STEPS, {operands, operands + STEPS * TILE}, {right, right + STEPS * TILE}, {sums});
     }
   });
   return 2 * 32 * 32 * STEPS * STEP * repeats * threads;
@@ -311,7 +317,8 @@ TORCH_LIBRARY(hstu_native, library) {
   library.def("append(Tensor k, Tensor v, Tensor rows, Tensor(a!) pages, Tensor slots) -> ()");
   library.def("layer_norm(Tensor x, Tensor? u, Tensor weight, Tensor bias, float eps) -> Tensor");
   library.def("has_bf16_tiles() -> bool", &hstu::has_bf16_tiles);
-#ifdef HSTU_MATRIX_TILES
+  library.def("bf16_tile_units() -> str", &hstu::bf16_tile_units);
+#ifdef HSTU_BF16_TILES
   library.def("pack_weight(Tensor weight) -> Tensor");
   library.def("linear_silu(Tensor x, Tensor packed, Tensor bias, int num_parts) -> Tensor");
   library.def("linear_residual(Tensor x, Tensor packed, Tensor residual) -> Tensor");
@@ -329,7 +336,7 @@ TORCH_LIBRARY_IMPL(hstu_native, CPU, library) {
   library.impl("attention", &hstu::paged_attention);
   library.impl("append", &hstu::append);
   library.impl("layer_norm", &hstu::norm);
-#ifdef HSTU_MATRIX_TILES
+#ifdef HSTU_BF16_TILES
   library.impl("pack_weight", &hstu::pack_weight);
   library.impl("linear_silu", &hstu::linear_silu);
   library.impl("linear_residual", &hstu::linear_residual);

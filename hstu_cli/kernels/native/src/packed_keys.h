@@ -60,11 +60,6 @@ class PackedKeys {
 
  private:
   static constexpr int64_t NONE = -1, BYTES_PER_THREAD = 12 << 20, MOST_BYTES = 64 << 20;
-  static constexpr std::align_val_t ALIGNED{64};
-
-  struct Free {
-    void operator()(scalar_t* memory) const { ::operator delete[](memory, ALIGNED); }
-  };
 
   struct Job {
     int64_t head_begin, head_end, chunk;  // of one sequence
@@ -123,9 +118,8 @@ class PackedKeys {
     if (num_chunks <= capacity_) return;
     memory_.reset();  // first, or both were there at a time
     capacity_ = 0;
-    const size_t bytes = num_chunks * chunk_size() * sizeof(scalar_t);
-    memory_.reset(static_cast<scalar_t*>(::operator new[](bytes, ALIGNED)));
-    advise_huge_pages(memory_.get(), bytes);
+    memory_ = allocate<scalar_t>(num_chunks * chunk_size());
+    advise_huge_pages(memory_.get(), num_chunks * chunk_size() * sizeof(scalar_t));
     capacity_ = num_chunks;
   }
 
@@ -136,7 +130,7 @@ class PackedKeys {
   const Batch<scalar_t>& batch_;
   tiles_t tiles_;
   std::vector<int64_t> places_;  // of each head's first chunk; NONE of one that is not held
-  std::unique_ptr<scalar_t[], Free> memory_;
+  Array<scalar_t> memory_;
   int64_t capacity_ = 0;  // in chunks
 };
 

@@ -25,11 +25,23 @@ inline void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] si
 #endif
 }
 
+template <size_t alignment>
+struct FreeAligned {
+  void operator()(void* memory) const { ::operator delete[](memory, std::align_val_t(alignment)); }
+};
+
+// An array that begins with a cache line; its elements have no values yet.
+template <typename value_t>
+using Array = std::unique_ptr<value_t[], FreeAligned<64>>;
+
+template <typename value_t>
+Array<value_t> allocate(int64_t count) {
+  const size_t bytes = static_cast<size_t>(count) * sizeof(value_t);
+  return Array<value_t>(static_cast<value_t*>(::operator new[](bytes, std::align_val_t(64))));
+}
+
 inline char* scratch(size_t bytes) {
-  struct Free {
-    void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t(HUGE_PAGE)); }
-  };
-  static thread_local std::unique_ptr<char, Free> memory;
+  static thread_local std::unique_ptr<char, FreeAligned<HUGE_PAGE>> memory;
   static thread_local size_t size = 0;
   if (size < bytes) {
     memory.reset();

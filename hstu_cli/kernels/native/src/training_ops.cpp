@@ -50,8 +50,8 @@ void gradients(
   };
   switch (q.scalar_type()) {
     case at::kBFloat16:
-#ifdef HSTU_MATRIX_TILES
-      if (matrix_tiles_work()) return call.template operator()<MatrixGradientTiles>();
+#ifdef HSTU_BF16_TILES
+      if (tile_units_work()) return call.template operator()<MatrixGradientTiles>();
 #endif
       return call.template operator()<VectorGradientTiles<at::BFloat16, float>>();
     case at::kHalf:
@@ -198,9 +198,9 @@ at::Tensor dropout_mask(int64_t rows, int64_t width, int64_t seed, int64_t level
   return mask;
 }
 
-#ifdef HSTU_MATRIX_TILES
+#ifdef HSTU_BF16_TILES
 Matrix matrix_of(const at::Tensor& x) {
-  TORCH_CHECK(matrix_tiles_work(), "no matrix units here");
+  TORCH_CHECK(tile_units_work(), "no bf16 tiles here");
   TORCH_CHECK_VALUE(
       x.dim() == 2 && x.is_cpu() && x.scalar_type() == at::kBFloat16 && (x.size(1) <= 1 || x.stride(1) == 1),
       "tensors must be bf16 with contiguous rows");
@@ -266,7 +266,7 @@ TORCH_LIBRARY_FRAGMENT(hstu_native, library) {
   library.def("silu(Tensor x) -> Tensor");
   library.def("silu_gradients(Tensor(a!) grad, Tensor x) -> Tensor");
   library.def("dropout_mask(int rows, int width, int seed, int level) -> Tensor", &hstu::dropout_mask);
-#ifdef HSTU_MATRIX_TILES
+#ifdef HSTU_BF16_TILES
   library.def("linear_silu_kept(Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor)");
   library.def("product(Tensor a, Tensor b, bool transpose_a, bool transpose_b, Tensor? residual) -> Tensor");
 #endif
@@ -278,7 +278,7 @@ TORCH_LIBRARY_IMPL(hstu_native, CPU, library) {
   library.impl("norm_gradients", &hstu::norm_gradients);
   library.impl("silu", &hstu::silu);
   library.impl("silu_gradients", &hstu::silu_gradients_of);
-#ifdef HSTU_MATRIX_TILES
+#ifdef HSTU_BF16_TILES
   library.impl("linear_silu_kept", &hstu::linear_silu_kept);
   library.impl("product", &hstu::product);
 #endif

@@ -234,7 +234,7 @@ struct Norm {
 // SiLU of a row that was rounded to bf16, or of any other; what is computed again must be this, bit for bit.
 template <typename real_t>
 void activate_row(real_t* row, int64_t width, [[maybe_unused]] bool is_bf16) {
-#ifdef HSTU_MATRIX_TILES
+#ifdef HSTU_BF16_TILES
   if constexpr (std::is_same_v<real_t, float>) {
     if (is_bf16) {
       const __m512 factor = _mm512_set1_ps(-1.44269504f);

@@ -5,7 +5,7 @@
 
 namespace hstu {
 
-// As in matrix units: scores and their gradients are computed transposed, 32 keys with a block of rows at a time.
+// As in tiles: scores and their gradients are computed transposed, 32 keys with a block of rows at a time.
 template <typename scalar_t, typename real_t>
 class VectorGradientTiles {
  public:

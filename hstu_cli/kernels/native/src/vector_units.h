@@ -1,0 +1,84 @@
+// Products of bf16 tiles in vectors of x86 that multiply pairs (AVX-512 BF16), for CPUs without matrix units.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <cstring>
+
+#include "tiles.h"
+
+namespace hstu {
+
+constexpr const char* TILE_UNITS = "vectors";
+
+// As in `matrix_units.h`. Vectors need no setting up; at its end what was streamed is in memory.
+struct TileSession {
+  TileSession() = default;
+  ~TileSession() { _mm_sfence(); }
+  TileSession(const TileSession&) = delete;
+};
+
+// So many rows of the left operand by 16 or 32 columns: their sums in 16 registers, one or two vectors of the right operand
+// in others, each pair of the left one in all lanes of another. Sums of before are added last: shorter sums round less.
+template <int64_t rows, int64_t vectors>
+__attribute__((noinline)) void multiply_rows(
+    int64_t steps, const char* left, int64_t left_step, int64_t row_bytes, const Operands& right, float* sums, bool add) {
+  constexpr int64_t PAIRS = STEP / 2;
+  __m512 results[rows][vectors];
+  for (auto& row : results) std::fill_n(row, vectors, _mm512_setzero_ps());
+  for (int64_t step = 0; step < steps; ++step) {
+    const char* pairs = left + step * left_step;
+    const bf16* columns[] = {right.first + step * right.step, right.second + step * right.step};
+    for (int64_t pair = 0; pair < PAIRS; ++pair, pairs += 4) {
+      __m512bh across[vectors];
+      for (int64_t j = 0; j < vectors; ++j) {
+        across[j] = reinterpret_cast<__m512bh>(_mm512_load_si512(columns[j] + pair * STEP));
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        int32_t one;
+        std::memcpy(&one, pairs + i * row_bytes, sizeof(one));
+        const auto both = reinterpret_cast<__m512bh>(_mm512_set1_epi32(one));
+        for (int64_t j = 0; j < vectors; ++j) results[i][j] = _mm512_dpbf16_ps(results[i][j], both, across[j]);
+      }
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < vectors; ++j) {
+      float* target = sums + i * 16 + j * SUM_TILE;
+      _mm512_storeu_ps(target, add ? _mm512_add_ps(results[i][j], _mm512_loadu_ps(target)) : results[i][j]);
+    }
+  }
+}
+
+// As in `matrix_units.h`. What runs beside the products has no units of its own here, but fills waiting times. Rows and
+// columns that nobody wants are left out, 8 or 16 at a time.
+template <Reuse reuse = Reuse::both, typename steps_t, typename beside_t>
+inline __attribute__((always_inline)) void multiply_steps(
+    steps_t steps, const Operands& a, const Operands& b, const TileSums& sums, const beside_t& beside) {
+  const int64_t rows = sums.columns > 16 ? 8 : 16;
+  for (int64_t part = 0; part < 4; ++part) {
+    const int64_t row = part * rows, in_tile = row % 16;
+    if (row < sums.rows) {
+      const char* left = reinterpret_cast<const char*>(row < 16 ? a.first : a.second) + in_tile * a.row_bytes;
+      float* target = sums.tiles + row / 16 * sums.below + in_tile * 16;
+      const auto multiply = rows == 8 ? multiply_rows<8, 2> : multiply_rows<16, 1>;
+      multiply(steps, left, a.step * static_cast<int64_t>(sizeof(bf16)), a.row_bytes, b, target, sums.add);
+    }
+    for (int64_t i = part * steps / 2; i < (part + 1) * steps / 2; ++i) beside(i);
+  }
+}
+
+inline void multiply_steps(int64_t steps, const Operands& a, const Operands& b, const TileSums& sums) {
+  multiply_steps(steps, a, b, sums, [](int64_t) {});
+}
+
+// What is compiled for the CPU runs on it; but oneDNN's settings count here, too, if torch has oneDNN.
+inline bool tile_units_work() {
+  static const bool work = [] {
+    const auto supported = c10::Dispatcher::singleton().findSchema({"mkldnn::_is_mkldnn_bf16_supported", ""});
+    return !supported || supported->typed<bool()>().call();
+  }();
+  return work;
+}
+
+}  // namespace hstu
