@@ -37,7 +37,7 @@ struct Operands {
 };
 
 // Where four tiles of sums lie, two below two, so many floats between those below each other, and whether products are
-// added to what they hold. Of 32 rows and columns so many are wanted: the others may be left as they are.
+// added to what they hold. Of 32 rows and columns so many are wanted: nothing need be added to the others.
 struct TileSums {
   float* tiles;
   bool add = false;

@@ -43,7 +43,7 @@ inline void multiply_block(
   }
 }
 
-// c [m, n] = a [m, k] b [k, n], or added to it; row-major. m is a multiple of 16, n of a panel.
+// c [m, n] = a [m, k] b [k, n], or added to it; row-major. m and n are multiples of 16.
 template <typename real_t>
 void multiply(
     int64_t m, int64_t n, int64_t k, const real_t* a, int64_t lda, const real_t* b, int64_t ldb, real_t* c, int64_t ldc,
@@ -55,15 +55,22 @@ void multiply(
 #else
   constexpr int M = VECTOR_BYTES >= 64 ? 8 : 4, N = 2;
 #endif
-  static_assert(PANEL % (N * lanes) == 0);
-  for (int64_t j = 0; j < n; j += N * lanes) {
+  constexpr int64_t columns = N * lanes;
+  static_assert(16 % columns == 0 || (columns == 32 && 16 % (2 * M) == 0));
+  int64_t j = 0;
+  for (; j + columns <= n; j += columns) {
     for (int64_t i = 0; i < m; i += M) {
       multiply_block<real_t, M, N>(k, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, add);
     }
   }
+  if constexpr (columns == 32) {
+    for (int64_t i = 0; j < n && i < m; i += 2 * M) {
+      multiply_block<real_t, 2 * M, N / 2>(k, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, add);
+    }
+  }
 }
 
-// c [m, n] = a [m, k] b [k, n], or added to it; b in panels of `panel_rows` rows.
+// c [m, n] = a [m, k] b [k, n], or added to it; b in panels of `panel_rows` rows, the last of which may be half a panel.
 template <typename real_t>
 void multiply_panels(
     int64_t m, int64_t n, int64_t k, const real_t* a, int64_t lda, const real_t* b, int64_t panel_rows, real_t* c,
@@ -71,7 +78,9 @@ void multiply_panels(
   for (int64_t column = 0; column < n; column += PANEL) {
     const real_t* panel = b + column * panel_rows;
     for (int64_t i = 0; i < m; i += PANEL) {
-      multiply(std::min(PANEL, m - i), PANEL, k, a + i * lda, lda, panel, PANEL, c + i * ldc + column, ldc, add);
+      multiply(
+          std::min(PANEL, m - i), std::min(PANEL, n - column), k, a + i * lda, lda, panel, PANEL, c + i * ldc + column,
+          ldc, add);
     }
   }
 }
@@ -120,6 +129,7 @@ class VectorTiles {
 
   template <typename row_t>
   void load_queries(int64_t /*head*/, int64_t num_rows, int64_t padded_rows, const row_t& row) {
+    num_rows_ = num_rows;
     for (int64_t i = 0; i < padded_rows; i += PANEL) {
       for (int64_t j = 0; j < PANEL; ++j) {
         const scalar_t* query = i + j < num_rows ? row(i + j) : nullptr;
@@ -133,16 +143,17 @@ class VectorTiles {
   void attend(const Keys<scalar_t>& keys, int64_t padded_rows, int64_t diagonal, real_t* sums, bool add) {
     load(keys.rows, keys.count);
     for (int64_t row = 0; row < padded_rows; row += BLOCK_ROWS) {
-      const int64_t block_rows = std::min(BLOCK_ROWS, padded_rows - row);
+      const int64_t block_rows = std::min(BLOCK_ROWS, round_up(num_rows_ - row, 16));
       const int64_t seen = row + block_rows - diagonal;  // by the last row
       const int64_t num_seen = std::clamp<int64_t>(round_up(seen, 16), 0, padded_keys_);
       if (num_seen == 0 && add) continue;
+      real_t* block_sums = sums + row * sums_per_row();
+      if (!add) std::fill(block_sums + block_rows * sums_per_row(), block_sums + BLOCK_ROWS * sums_per_row(), real_t(0));
       for (int64_t j = 0; j < num_seen; j += STRIP_KEYS) {
         weigh(row, block_rows, j, std::min(STRIP_KEYS, num_seen - j), diagonal);
       }
       multiply_panels(
-          block_rows, width_, num_seen, weights_, LD_WEIGHTS, values_, MOST_KEYS, sums + row * sums_per_row(),
-          sums_per_row(), add);
+          block_rows, width_, num_seen, weights_, LD_WEIGHTS, values_, MOST_KEYS, block_sums, sums_per_row(), add);
     }
   }
 
@@ -189,7 +200,7 @@ class VectorTiles {
 
   int64_t ld_keys() const { return width_ + 32; }
 
-  int64_t head_dim_, width_, padded_keys_ = 0;
+  int64_t head_dim_, width_, num_rows_ = 0, padded_keys_ = 0;
   real_t alpha_;
   // [panel, width]; [width, rows] in panels; [chunk, width]; [chunk, width] in panels; [strip, block]; [block, chunk]
   real_t *queries_, *queries_transposed_, *keys_, *values_, *scores_, *weights_;

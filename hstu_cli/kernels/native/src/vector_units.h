@@ -56,6 +56,10 @@ template <Reuse reuse = Reuse::both, typename steps_t, typename beside_t>
 inline __attribute__((always_inline)) void multiply_steps(
     steps_t steps, const Operands& a, const Operands& b, const TileSums& sums, const beside_t& beside) {
   const int64_t rows = sums.columns > 16 ? 8 : 16;
+  if (!sums.add && (sums.rows <= 24 || sums.columns <= 16)) {
+    std::fill_n(sums.tiles, 2 * SUM_TILE, 0.0f);
+    std::fill_n(sums.tiles + sums.below, 2 * SUM_TILE, 0.0f);
+  }
   for (int64_t part = 0; part < 4; ++part) {
     const int64_t row = part * rows, in_tile = row % 16;
     if (row < sums.rows) {
