@@ -41,7 +41,7 @@ struct TileSession {
     _tile_loadd(tile, data, row_bytes);                        \
   }
 
-// sums = [a0; a1] [b0 b1] over so many tiles of each, or that is added: a number, or a constant whose loop is unrolled.
+// sums = [a0; a1] [b0 b1] over so many tiles of each (a number, or a constant whose loop is unrolled), or that is added.
 // beside(i) runs between, 2 steps times: other units are free meanwhile.
 template <Reuse reuse = Reuse::both, typename steps_t, typename beside_t>
 inline __attribute__((always_inline)) void multiply_steps(

@@ -62,7 +62,7 @@ inline __attribute__((always_inline)) void multiply_steps(
   }
   for (int64_t part = 0; part < 4; ++part) {
     const int64_t row = part * rows, in_tile = row % 16;
-    if (row < sums.rows) {
+    if (row < std::min<int64_t>(sums.rows, 32)) {
       const char* left = reinterpret_cast<const char*>(row < 16 ? a.first : a.second) + in_tile * a.row_bytes;
       float* target = sums.tiles + row / 16 * sums.below + in_tile * 16;
       const auto multiply = rows == 8 ? multiply_rows<8, 2> : multiply_rows<16, 1>;
