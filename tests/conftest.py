@@ -36,6 +36,14 @@ def _small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 1 << 20)
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests of a device skip where it is absent, and say what is missing."""
     for backend in (CudaBackend, NpuBackend):

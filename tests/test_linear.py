@@ -43,6 +43,16 @@ def test_they_are_the_formulas_up_to_rounding(shape: tuple[int, int, int], dtype
     assert_formulas(*(tensor.to(device_of(impl)) for tensor in inputs(shape, dtype)), impl)
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 8, 31, 32, 33, 64, 65])
+def test_few_rows_by_several_blocks_of_columns(threads, rows: int, num_threads: int) -> None:
+    """Results of one block of 32 columns are stored while the next one is multiplied."""
+    threads(num_threads)
+    for width, out in ((40, 64), (600, 165), (33, 1100)):
+        assert_formulas(*inputs((rows, width, out), torch.bfloat16), "native")
+
+
 def assert_formulas(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, impl: str
 ) -> None:

@@ -27,14 +27,6 @@ TINY_BENCH = ("bench-layer", "--config", "tiny", "--history", 8, "--candidates",
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.native
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -18,14 +18,6 @@ pytestmark = pytest.mark.native
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def gradients(inputs: AttentionInputs, impl: str, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     """Gradients of q, k and v, which are parts of wider rows as the layer has them."""
     rows = torch.stack((inputs.q, inputs.k, inputs.v), dim=1).to(dtype or inputs.q.dtype)

@@ -108,8 +108,7 @@ class ManyRows : public MatrixRows {
     Next next = next_;
     const auto add = [&](const auto& weigh_row) __attribute__((always_inline)) {
       multiply_steps<Reuse::left>(
-          steps, {queries, queries + steps * TILE}, {keys, keys + steps * TILE},
-          sums,
+          steps, {queries, queries + steps * TILE}, {keys, keys + steps * TILE}, sums,
           [&](int64_t i) __attribute__((always_inline)) {
             for (int64_t row = i * 16 / steps; row < (i + 1) * 16 / steps; ++row) weigh_row(row);
             next.fetch();

@@ -188,7 +188,7 @@ class LinearWorker {
 
   void carve(Carver& carver) {
     carver.take(tiles_, groups_.most_rows() * weight_.steps() * STEP);
-    carver.take(sums_, groups_.most_rows() * PackedWeight::COLUMNS);
+    carver.take(sums_, std::max<int64_t>(groups_.most_rows(), 2 * ROW_STEP) * PackedWeight::COLUMNS);
   }
 
   // The sums of up to 32 rows in 32 columns, and where their results belong. What becomes of them is computed beside the
@@ -219,12 +219,18 @@ class LinearWorker {
     }
   };
 
+  // Where the sums of rows from `row` on are while a block of columns is multiplied. Those of a single step of rows change
+  // places from block to block: the last block's are still read beside its products.
+  float* place(int64_t row, int64_t count, int64_t block) const {
+    return sums_ + (count > ROW_STEP ? row : block % 2 * ROW_STEP) * PackedWeight::COLUMNS;
+  }
+
   // The sums of rows from `row` on in a block of columns.
   Sums sums_of(int64_t row_begin, int64_t row, int64_t count, int64_t block) const {
     const int64_t column = block * PackedWeight::COLUMNS;
     bf16* part = y_ + column / part_width_ * groups_.rows * part_width_ + column % part_width_;
     return {
-        sums_ + row * PackedWeight::COLUMNS,
+        place(row, count, block),
         row_begin + row,
         std::min<int64_t>(32, count - row),
         column,
@@ -241,13 +247,13 @@ class LinearWorker {
     Sums done;
     for (int64_t block = block_begin; block < block_end; ++block) {
       for (int64_t step = 0; step < steps; step += most_depth) {
-        const auto multiply_rows = [&](auto depth) __attribute__((always_inline)) {
+        const auto multiply_depth = [&](auto depth) __attribute__((always_inline)) {
           done = multiply_portion<reuse, hint>(depth, step, block, row_begin, count, done, finish);
         };
         if (steps - step >= most_depth) {
-          multiply_rows(std::integral_constant<int64_t, most_depth>());  // a loop of known length
+          multiply_depth(std::integral_constant<int64_t, most_depth>());  // a loop of known length
         } else {
-          multiply_rows(steps - step);
+          multiply_depth(steps - step);
         }
       }
     }
@@ -268,7 +274,7 @@ class LinearWorker {
     const int64_t lines = std::max<int64_t>(1, 16 * 32 / round_up(count, 32));
     for (int64_t row = 0; row < count; row += 32) {
       const bf16* left = tiles_ + row * steps * STEP + 2 * step * TILE;
-      float* sums = sums_ + row * PackedWeight::COLUMNS;
+      float* sums = place(row, count, block);
       const auto add = [&](const auto& beside) __attribute__((always_inline)) {
         multiply_steps<reuse>(
             depth, {left, left + TILE, 2 * TILE}, {right, right + TILE, 2 * TILE},

@@ -152,7 +152,8 @@ class MatrixRows {
       const float* next = sums + (tile + 2 < 2 * steps_ ? (tile + 2) * SUM_TILE : 2 * below);
       multiply_steps<reuse>(
           key_steps, {weights, weights + weights_apart},
-          {values + tile * values_apart, values + (tile + 1) * values_apart}, {sums + tile * SUM_TILE, add, below, num_rows_ - row},
+          {values + tile * values_apart, values + (tile + 1) * values_apart},
+          {sums + tile * SUM_TILE, add, below, num_rows_ - row},
           [&](int64_t i) {
             for (int64_t line = 0; line < lines; ++line, next += 16) {
               _mm_prefetch(next, _MM_HINT_T0);

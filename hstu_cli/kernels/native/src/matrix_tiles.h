@@ -1,5 +1,5 @@
-// Products of bf16 tiles: in matrix units where the CPU has them, else in vectors that multiply pairs of bf16. The rest of
-// `matrix_*.h` is the same for both.
+// Products of bf16 tiles: in matrix units where they are compiled for a CPU that has them, else in vectors that multiply pairs
+// of bf16. The rest of `matrix_*.h` is the same for both.
 #pragma once
 
 #include "tiles.h"

@@ -42,7 +42,8 @@ struct TileSession {
   }
 
 // sums = [a0; a1] [b0 b1] over so many tiles of each (a number, or a constant whose loop is unrolled), or that is added.
-// beside(i) runs between, 2 steps times: other units are free meanwhile.
+// beside(i) runs between, 2 steps times, as other units are free meanwhile; it must leave these sums alone, which change at
+// any time.
 template <Reuse reuse = Reuse::both, typename steps_t, typename beside_t>
 inline __attribute__((always_inline)) void multiply_steps(
     steps_t steps, const Operands& a, const Operands& b, const TileSums& sums, const beside_t& beside) {

@@ -37,7 +37,8 @@ struct Operands {
 };
 
 // Where four tiles of sums lie, two below two, so many floats between those below each other, and whether products are
-// added to what they hold. Of 32 rows and columns so many are wanted: nothing need be added to the others.
+// added to what they hold. Of 32 rows and columns so many are wanted: that is a hint, others may be sums too, or zeros, or
+// what they were where something is added.
 struct TileSums {
   float* tiles;
   bool add = false;

@@ -32,7 +32,7 @@ __attribute__((noinline)) void multiply_rows(
     for (int64_t pair = 0; pair < PAIRS; ++pair, pairs += 4) {
       __m512bh across[vectors];
       for (int64_t j = 0; j < vectors; ++j) {
-        across[j] = reinterpret_cast<__m512bh>(_mm512_load_si512(columns[j] + pair * STEP));
+        across[j] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(columns[j] + pair * STEP));
       }
       for (int64_t i = 0; i < rows; ++i) {
         int32_t one;
@@ -50,8 +50,8 @@ __attribute__((noinline)) void multiply_rows(
   }
 }
 
-// As in `matrix_units.h`. What runs beside the products has no units of its own here, but fills waiting times. Rows and
-// columns that nobody wants are left out, 8 or 16 at a time.
+// As in `matrix_units.h`, but rows and columns that nobody wants are left out, 8 or 16 at a time. What runs beside the
+// products has no units of its own here.
 template <Reuse reuse = Reuse::both, typename steps_t, typename beside_t>
 inline __attribute__((always_inline)) void multiply_steps(
     steps_t steps, const Operands& a, const Operands& b, const TileSums& sums, const beside_t& beside) {
@@ -76,7 +76,7 @@ inline void multiply_steps(int64_t steps, const Operands& a, const Operands& b, 
   multiply_steps(steps, a, b, sums, [](int64_t) {});
 }
 
-// What is compiled for the CPU runs on it; but oneDNN's settings count here, too, if torch has oneDNN.
+// What is compiled for the CPU runs on it, unless oneDNN, if torch has it, is told to do without AVX-512.
 inline bool tile_units_work() {
   static const bool work = [] {
     const auto supported = c10::Dispatcher::singleton().findSchema({"mkldnn::_is_mkldnn_bf16_supported", ""});
