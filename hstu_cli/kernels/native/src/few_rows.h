@@ -69,7 +69,7 @@ class FewRows : public MatrixRows {
       for (int64_t row = 0; row < padded_rows; row += ROW_STEP) {
         add_values<Reuse::both>(
             row, num_seen(row), weights_of(head, row), key_steps_ * TILE, values_, values_apart,
-            sums + (head * padded_rows + row) * width_, add, [&](int64_t) { ahead_.fetch(); });
+            sums + (head * padded_rows + row) * width_, add, [&](int64_t) { ahead_.fetch_beside(); });
       }
     }
   }
@@ -138,7 +138,7 @@ class FewRows : public MatrixRows {
           steps, left, {queries, queries + steps * TILE}, sums,
           [&](int64_t i) __attribute__((always_inline)) {
             for (int64_t pair = i * 8 / steps; pair < (i + 1) * 8 / steps; ++pair) weigh_pair(pair);
-            ahead.fetch();
+            ahead.fetch_beside();
           });
     };
     if (!last.exists) {

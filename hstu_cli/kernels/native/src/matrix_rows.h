@@ -53,13 +53,18 @@ class MatrixRows {
   }
 
  protected:
-  // Rows that are needed soon, brought closer line by line: one at a time beside a tile product costs little, more make
-  // the products wait for their own operands.
+  // Rows that are needed soon, brought closer line by line: a few beside a product cost little, more make it wait for its
+  // own operands.
   class Ahead {
    public:
     Ahead() = default;
     Ahead(const KeyRow<bf16>* rows, int64_t count, const bf16* KeyRow<bf16>::*part, int64_t elements)
         : row_(rows), last_(rows + count), part_(part), bytes_(elements * 2) {}
+
+    // What can be fetched beside half a step of products.
+    void fetch_beside() {
+      for (int64_t line = 0; line < LINES_BESIDE; ++line) fetch();
+    }
 
     void fetch() {
       if (row_ == last_) return;

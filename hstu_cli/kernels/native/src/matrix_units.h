@@ -11,6 +11,7 @@
 namespace hstu {
 
 constexpr const char* TILE_UNITS = "matrix units";
+constexpr int64_t LINES_BESIDE = 1;  // that can be fetched from memory beside half a step of products
 
 // The shapes of all eight tile registers. Not a local of the function that loads it: the compiler believes that the
 // instruction reads eight bytes of it, and would leave out the rest.

@@ -10,6 +10,7 @@
 namespace hstu {
 
 constexpr const char* TILE_UNITS = "vectors";
+constexpr int64_t LINES_BESIDE = 4;  // products take ten times as long as in matrix units
 
 // As in `matrix_units.h`. Vectors need no setting up; at its end what was streamed is in memory.
 struct TileSession {
