@@ -123,7 +123,7 @@ class RankingModel(nn.Module):
             scores = self.next_item_scores(rows[part])  # [R, V]
             column = columns[part, None]
             lead = scores.sub_(scores.gather(1, column))  # of every item over the target
-            rounding = 4 * torch.finfo(scores.dtype).eps / self.config.next_item_temperature
+            rounding = self._score_rounding(scores.dtype)
             earlier = torch.arange(scores.shape[1], device=scores.device) < column
             better = (lead > rounding) | ((lead >= -rounding) & earlier)
             # A sum is NaN where any of its terms is, and takes one pass.
@@ -135,12 +135,19 @@ class RankingModel(nn.Module):
     def next_item_top_k(self, rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The k most likely next items of rows [R, D]: raw video ids [R, k] int64 and scores [R, k].
 
-        Equal scores are ordered by column.
+        Equal scores are ordered by column; a difference that rounding explains counts as equal, as in `next_item_rank`.
         """
         scores, columns = self.next_item_scores(rows).sort(dim=1, descending=True, stable=True)
-        scores, item_rows = scores[:, :k], self.vocabulary[columns[:, :k]]
+        apart = scores[:, :-1] - scores[:, 1:] > self._score_rounding(scores.dtype)
+        group = F.pad(apart.cumsum(1), (1, 0))  # of equal scores
+        order = (group * scores.shape[1] + columns).argsort(dim=1)[:, :k]
+        scores, item_rows = scores.gather(1, order), self.vocabulary[columns.gather(1, order)]
         keys = self.embeddings[VIDEO_TABLE].keys
         return (item_rows if keys is None else keys[item_rows]), scores
+
+    def _score_rounding(self, dtype: torch.dtype) -> float:
+        """By how much the scores of equal items may differ."""
+        return 4 * torch.finfo(dtype).eps / self.config.next_item_temperature
 
     @property
     def vocabulary(self) -> torch.Tensor:
