@@ -162,7 +162,7 @@ def test_bf16_tiles_in_vectors_instead_of_matrix_units() -> None:
     code = (
         "import pytest, torch\n"
         f"files = ['tests/test_%s.py' % name for name in {files}]\n"
-        "assert pytest.main(['-q', '-k', 'native and (bfloat16 or products)', *files]) == 0\n"
+        "assert pytest.main(['-q', '-k', 'native and (bfloat16 or products or columns)', *files]) == 0\n"
         "assert torch.ops.hstu_native.bf16_tile_units() == 'vectors'\n"
     )
     done = in_process(code, **{build.FLAGS_VARIABLE: "-mno-amx-bf16 -mno-amx-tile"})

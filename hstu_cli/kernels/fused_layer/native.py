@@ -12,6 +12,7 @@ from hstu_cli.kernels.attention.plan import BatchPlan
 from hstu_cli.kernels.fused_layer import blocked
 from hstu_cli.kernels.fused_layer.dropout import dropout_level
 from hstu_cli.kernels.fused_layer.settings import LayerSettings
+from hstu_cli.kernels.linear.native import goes_into_tiles
 
 
 def layer_norm(
@@ -40,7 +41,7 @@ def layer_norm_gradients(
 
 def linear_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Pieces`."""
-    if _in_tiles(x):
+    if goes_into_tiles(x):
         return torch.ops.hstu_native.linear_silu_kept(x, weight, bias)
     linear = torch.addmm(bias, x, weight.T)
     return linear, silu(linear)
@@ -108,7 +109,7 @@ def norm_mul_dropout_gradients(
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """See `Pieces`."""
-    if _in_tiles(grad):
+    if goes_into_tiles(grad):
         return torch.ops.hstu_native.product(grad, x, True, False, None)
     return blocked.weight_gradient(grad, x)
 
@@ -116,7 +117,3 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def dropout_mask(num_rows: int, width: int, share: float, seed: int, device: torch.device) -> torch.Tensor:
     """The mask that these operators make, bool [num_rows, width]; see `dropout.dropout_mask`."""
     return torch.ops.hstu_native.dropout_mask(num_rows, width, seed, dropout_level(share)).to(device)
-
-
-def _in_tiles(x: torch.Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and torch.ops.hstu_native.has_bf16_tiles()

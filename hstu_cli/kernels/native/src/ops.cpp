@@ -15,21 +15,15 @@
 
 namespace hstu {
 
-// Whether bf16 is multiplied in tiles here, and by what.
-bool has_bf16_tiles() {
-#ifdef HSTU_BF16_TILES
-  return tile_units_work();
-#else
-  return false;
-#endif
-}
-
+// What multiplies tiles of bf16 here; empty where nothing does.
 std::string bf16_tile_units() {
 #ifdef HSTU_BF16_TILES
   if (tile_units_work()) return TILE_UNITS;
 #endif
   return "";
 }
+
+bool has_bf16_tiles() { return !bf16_tile_units().empty(); }
 
 template <typename tiles_t>
 at::Tensor run(
@@ -191,8 +185,8 @@ void append(
 }
 
 #ifdef HSTU_BF16_TILES
-// Multiplies 32 x 256 by 256 x 32 over and over on every thread, from the first-level cache: what tiles give
-// where nothing holds them up. Returns the FLOPs.
+// Multiplies 32 x 256 by 256 x 32 over and over on every thread, from the first-level cache: what tiles give where
+// nothing holds them up. Returns the FLOPs.
 int64_t multiply_tiles(int64_t repeats) {
   constexpr int64_t STEPS = 8;
   TORCH_CHECK(tile_units_work(), "no bf16 tiles here");
