@@ -46,7 +46,7 @@ class FewRows : public MatrixRows {
     start(keys.count, padded_rows, diagonal);
     const int64_t values_apart = (key_steps_ | 1) * TILE;  // odd, or rows of tiles would meet in few cache sets
     find_keys(keys.rows, keys.count, keys.num_heads);
-    ahead_ = Ahead(keys.rows, keys.count, &KeyRow<bf16>::value, keys.num_heads * head_dim_);
+    fetch_ahead(keys.rows, keys.count, &KeyRow<bf16>::value, keys.num_heads);
     Block last;
     for (int64_t head = 0; head < keys.num_heads; ++head) {
       for (int64_t row = 0; row < padded_rows; row += ROW_STEP) {
@@ -61,7 +61,7 @@ class FewRows : public MatrixRows {
     }
     for (int64_t pair = 0; pair < 16 && last.exists; ++pair) scores_of(last).weigh<true>(pair);
     settle(last);
-    ahead_ = Ahead(keys.next_rows, keys.next_count, &KeyRow<bf16>::key, keys.num_heads * head_dim_);
+    fetch_ahead(keys.next_rows, keys.next_count, &KeyRow<bf16>::key, keys.num_heads);
     for (int64_t head = 0; head < keys.num_heads; ++head) {
       for (int64_t pair = 0; pair < 16 * key_steps_; ++pair) {
         load_pair(keys.rows, keys.count, pair, head, values_apart, values_, [] {});
@@ -69,13 +69,20 @@ class FewRows : public MatrixRows {
       for (int64_t row = 0; row < padded_rows; row += ROW_STEP) {
         add_values<Reuse::both>(
             row, num_seen(row), weights_of(head, row), key_steps_ * TILE, values_, values_apart,
-            sums + (head * padded_rows + row) * width_, add, [&](int64_t) { ahead_.fetch_beside(); });
+            sums + (head * padded_rows + row) * width_, add, Lines<Ahead>{ahead_, lines_beside(lines_wanted_)});
       }
     }
   }
 
  private:
   static constexpr int64_t MANY_HEADS_KEYS = 160;
+
+  // What comes after the products of a chunk with all its keys, or with all its values, is fetched beside them.
+  void fetch_ahead(const KeyRow<bf16>* rows, int64_t count, const bf16* KeyRow<bf16>::*part, int64_t num_heads) {
+    const int64_t half_steps = 2 * num_heads * (padded_rows_ / ROW_STEP) * key_steps_ * steps_;
+    ahead_ = Ahead(rows, count, part, num_heads * head_dim_);
+    lines_wanted_ = (ahead_.num_lines() + half_steps - 1) / std::max<int64_t>(half_steps, 1);
+  }
 
   // Takes a step's keys where they lie if they do so evenly, and copies the others.
   void find_keys(const KeyRow<bf16>* rows, int64_t count, int64_t num_heads) {
@@ -133,13 +140,14 @@ class FewRows : public MatrixRows {
     sums.columns = num_rows_ - block.row;
     const Scores scores = scores_of(last);
     Ahead ahead = ahead_;
+    const Lines<Ahead> lines{ahead, lines_beside(lines_wanted_)};
     const auto add = [&](const auto& weigh_pair) __attribute__((always_inline)) {
       multiply_steps<Reuse::right>(
           steps, left, {queries, queries + steps * TILE}, sums,
           [&](int64_t i) __attribute__((always_inline)) {
             for (int64_t pair = i * 8 / steps; pair < (i + 1) * 8 / steps; ++pair) weigh_pair(pair);
-            ahead.fetch_beside();
-          });
+          },
+          lines);
     };
     if (!last.exists) {
       add([](int64_t) {});
@@ -194,6 +202,7 @@ class FewRows : public MatrixRows {
   // [heads][rows / 16][key steps].
   bf16 *queries_, *keys_, *values_, *weights_;
   Ahead ahead_;
+  int64_t lines_wanted_ = 0;  // of `ahead_`, beside half a step
   Operands* left_;  // 2 x 16 keys, [heads][key steps]
   float* scores_;   // of two blocks, [2][2 x 2 tiles]
   uint32_t* pairs_;  // [2][16 pairs of keys][16 rows]

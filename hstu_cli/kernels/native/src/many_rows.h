@@ -47,7 +47,7 @@ class ManyRows : public MatrixRows {
       Ahead ahead(rows + j + here, next, &KeyRow<bf16>::key, num_heads * head_dim_);
       for (int64_t head = 0; head < num_heads; ++head) {
         const auto row = [&](int64_t i) {
-          ahead.fetch();
+          ahead();
           return rows[j + i].key + head * rows[j + i].key_head_stride;
         };
         load_transposed(row, here, head_dim_, chunks + head * chunks_apart + j * width_);
@@ -59,7 +59,7 @@ class ManyRows : public MatrixRows {
       Ahead ahead(rows + (next ? 2 * pair + ROWS_AHEAD : 0), next, &KeyRow<bf16>::value, num_heads * head_dim_);
       for (int64_t head = 0; head < num_heads; ++head) {
         bf16* values = chunks + head * chunks_apart + CHUNK_KEYS * width_;
-        load_pair(rows, count, pair, head, VALUES_APART, values, [&] { ahead.fetch(); });
+        load_pair(rows, count, pair, head, VALUES_APART, values, [&] { ahead(); });
       }
     }
   }
@@ -111,8 +111,8 @@ class ManyRows : public MatrixRows {
           steps, {queries, queries + steps * TILE}, {keys, keys + steps * TILE}, sums,
           [&](int64_t i) __attribute__((always_inline)) {
             for (int64_t row = i * 16 / steps; row < (i + 1) * 16 / steps; ++row) weigh_row(row);
-            next.fetch();
-          });
+          },
+          Lines<Next>{next, 1});
     };
     if (!last.exists) {
       add([](int64_t) {});
@@ -157,7 +157,7 @@ class ManyRows : public MatrixRows {
     Next next = next_;
     add_values<Reuse::left>(
         block.row, block.step + 1, weights_, WEIGHTS_APART, values_, VALUES_APART, sums + block.row * width_, add,
-        [&](int64_t) { next.fetch(); });
+        Lines<Next>{next, 1});
     next_ = next;
   }
 
@@ -167,7 +167,7 @@ class ManyRows : public MatrixRows {
     const bf16* at = nullptr;
     int64_t step = 0;
 
-    void fetch() {
+    void operator()() {
       _mm_prefetch(at, _MM_HINT_T1);
       at += step;
     }

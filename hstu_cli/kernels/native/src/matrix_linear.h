@@ -270,8 +270,8 @@ class LinearWorker {
     const int64_t rows_each = (32 + 2 * depth - 1) / (2 * depth);  // whose results are stored at a time
     const bf16* right = packed_ + block * weight_.block_size() + 2 * step * TILE;
     // What is multiplied next comes from memory meanwhile, a few lines at a time.
-    const bf16* next = right + 2 * depth * TILE;
-    const int64_t lines = std::max<int64_t>(1, 16 * 32 / round_up(count, 32));
+    NextLine<hint> next{right + 2 * depth * TILE};
+    const Lines<NextLine<hint>> lines{next, std::max<int64_t>(1, 16 * 32 / round_up(count, 32))};
     for (int64_t row = 0; row < count; row += 32) {
       const bf16* left = tiles_ + row * steps * STEP + 2 * step * TILE;
       float* sums = place(row, count, block);
@@ -280,10 +280,10 @@ class LinearWorker {
             depth, {left, left + TILE, 2 * TILE}, {right, right + TILE, 2 * TILE},
             {sums, step > 0, 2 * SUM_TILE, count - row},
             [&](int64_t i) __attribute__((always_inline)) {
-              for (int64_t line = 0; line < lines; ++line, next += STEP) _mm_prefetch(next, hint);
               beside(i);
               done.store(i * rows_each, (i + 1) * rows_each, finish);
-            });
+            },
+            lines);
       };
       if (last) {
         add([&](int64_t i) __attribute__((always_inline)) {

@@ -92,17 +92,14 @@ class ProductWorker {
           const int64_t depth = std::min(DEPTH, chunk_end - step);
           const bf16* right = right_.tiles() + block * right_.shape.block_size() + 2 * step * TILE;
           // What is multiplied next comes from memory meanwhile, a few lines at a time.
-          const bf16* next = right + 2 * depth * TILE;
-          const int64_t lines = std::max<int64_t>(1, 16 * 32 / round_up(count, 32));
+          NextLine<_MM_HINT_T1> next{right + 2 * depth * TILE};
+          const Lines<NextLine<_MM_HINT_T1>> lines{next, std::max<int64_t>(1, 16 * 32 / round_up(count, 32))};
           for (int64_t row = 0; row < count; row += 32) {
             const bf16* left = tiles_ + row * (chunk_end - chunk) * STEP + 2 * (step - chunk) * TILE;
             float* sums = block_sums + row * 32;
             multiply_steps<Reuse::right>(
                 depth, {left, left + TILE, 2 * TILE}, {right, right + TILE, 2 * TILE},
-                {sums, step > 0, 2 * SUM_TILE, transposed_ ? 32 : count - row}, [&](int64_t) {
-                  for (int64_t line = 0; line < lines; ++line) _mm_prefetch(next + line * STEP, _MM_HINT_T1);
-                  next += lines * STEP;
-                });
+                {sums, step > 0, 2 * SUM_TILE, transposed_ ? 32 : count - row}, [](int64_t) {}, lines);
             if (step + depth == steps) {
               store(row_begin + row, std::min<int64_t>(32, count - row), block * 32, sums, finish);
             }

@@ -53,20 +53,16 @@ class MatrixRows {
   }
 
  protected:
-  // Rows that are needed soon, brought closer line by line: a few beside a product cost little, more make it wait for its
-  // own operands.
+  // Rows that are needed soon, brought closer line by line.
   class Ahead {
    public:
     Ahead() = default;
     Ahead(const KeyRow<bf16>* rows, int64_t count, const bf16* KeyRow<bf16>::*part, int64_t elements)
         : row_(rows), last_(rows + count), part_(part), bytes_(elements * 2) {}
 
-    // What can be fetched beside half a step of products.
-    void fetch_beside() {
-      for (int64_t line = 0; line < LINES_BESIDE; ++line) fetch();
-    }
+    int64_t num_lines() const { return (last_ - row_) * (bytes_ / 64); }
 
-    void fetch() {
+    void operator()() {
       if (row_ == last_) return;
       _mm_prefetch(reinterpret_cast<const char*>(row_->*part_) + at_, _MM_HINT_T1);
       at_ += 64;
@@ -147,25 +143,25 @@ class MatrixRows {
   // sums of 32 rows from `row` on = weights values over so many steps of keys, or these are added; tiles of weights below
   // each other and of values beside each other begin so far apart. The sums of the next columns, or behind the last ones
   // of the next rows, are brought into the first-level cache meanwhile.
-  template <Reuse reuse, typename beside_t>
+  template <Reuse reuse, typename line_t>
   void add_values(
       int64_t row, int64_t key_steps, const bf16* weights, int64_t weights_apart, const bf16* values,
-      int64_t values_apart, float* sums, bool add, const beside_t& beside) const {
+      int64_t values_apart, float* sums, bool add, const Lines<line_t>& lines) const {
     if (key_steps == 0 && add) return;
-    const int64_t below = 16 * width_, lines = (16 + key_steps - 1) / std::max<int64_t>(key_steps, 1);  // at a time
+    const int64_t below = 16 * width_, next_lines = (16 + key_steps - 1) / std::max<int64_t>(key_steps, 1);  // at a time
     for (int64_t tile = 0; tile < 2 * steps_; tile += 2) {
       const float* next = sums + (tile + 2 < 2 * steps_ ? (tile + 2) * SUM_TILE : 2 * below);
       multiply_steps<reuse>(
           key_steps, {weights, weights + weights_apart},
           {values + tile * values_apart, values + (tile + 1) * values_apart},
           {sums + tile * SUM_TILE, add, below, num_rows_ - row},
-          [&](int64_t i) {
-            for (int64_t line = 0; line < lines; ++line, next += 16) {
+          [&](int64_t) {
+            for (int64_t line = 0; line < next_lines; ++line, next += 16) {
               _mm_prefetch(next, _MM_HINT_T0);
               _mm_prefetch(next + below, _MM_HINT_T0);
             }
-            beside(i);
-          });
+          },
+          lines);
     }
   }
 

@@ -13,4 +13,19 @@
 #include "vector_units.h"
 #endif
 
+namespace hstu {
+
+template <Reuse reuse = Reuse::both, typename steps_t, typename beside_t>
+inline __attribute__((always_inline)) void multiply_steps(
+    steps_t steps, const Operands& a, const Operands& b, const TileSums& sums, const beside_t& beside) {
+  NoLine none;
+  multiply_steps<reuse>(steps, a, b, sums, beside, Lines<NoLine>{none, 0});
+}
+
+inline void multiply_steps(int64_t steps, const Operands& a, const Operands& b, const TileSums& sums) {
+  multiply_steps(steps, a, b, sums, [](int64_t) {});
+}
+
+}  // namespace hstu
+
 #endif

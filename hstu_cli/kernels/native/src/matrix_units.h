@@ -11,7 +11,9 @@
 namespace hstu {
 
 constexpr const char* TILE_UNITS = "matrix units";
-constexpr int64_t LINES_BESIDE = 1;  // that can be fetched from memory beside half a step of products
+
+// Of as many lines as are wanted beside half a step of products, those that can come from memory meanwhile.
+constexpr int64_t lines_beside(int64_t /*wanted*/) { return 1; }
 
 // The shapes of all eight tile registers. Not a local of the function that loads it: the compiler believes that the
 // instruction reads eight bytes of it, and would leave out the rest.
@@ -45,9 +47,10 @@ struct TileSession {
 // sums = [a0; a1] [b0 b1] over so many tiles of each (a number, or a constant whose loop is unrolled), or that is added.
 // beside(i) runs between, 2 steps times, as other units are free meanwhile; it must leave these sums alone, which change at
 // any time.
-template <Reuse reuse = Reuse::both, typename steps_t, typename beside_t>
+template <Reuse reuse = Reuse::both, typename steps_t, typename beside_t, typename line_t>
 inline __attribute__((always_inline)) void multiply_steps(
-    steps_t steps, const Operands& a, const Operands& b, const TileSums& sums, const beside_t& beside) {
+    steps_t steps, const Operands& a, const Operands& b, const TileSums& sums, const beside_t& beside,
+    const Lines<line_t>& lines) {
   asm volatile("" ::: "memory");  // g++ does not know that tiles read memory: what was stored must be there
   if (sums.add) {
     HSTU_LOAD_TILE(0, sums.tiles);
@@ -60,15 +63,20 @@ inline __attribute__((always_inline)) void multiply_steps(
     _tile_zero(2);
     _tile_zero(3);
   }
+  const auto fetch = [&]() __attribute__((always_inline)) {
+    for (int64_t i = 0; i < lines.each; ++i) lines.line();
+  };
   const auto multiply = [&](int64_t i) __attribute__((always_inline)) {
     HSTU_LOAD_OPERAND(reuse == Reuse::right, 4, a.first + i * a.step, a.row_bytes);
     HSTU_LOAD_OPERAND(reuse == Reuse::left, 6, b.first + i * b.step, 64);
     _tile_dpbf16ps(0, 4, 6);
     HSTU_LOAD_OPERAND(reuse == Reuse::left, 7, b.second + i * b.step, 64);
+    fetch();
     beside(2 * i);
     _tile_dpbf16ps(1, 4, 7);
     HSTU_LOAD_OPERAND(reuse == Reuse::right, 5, a.second + i * a.step, a.row_bytes);
     _tile_dpbf16ps(2, 5, 6);
+    fetch();
     beside(2 * i + 1);
     _tile_dpbf16ps(3, 5, 7);
   };
@@ -82,10 +90,6 @@ inline __attribute__((always_inline)) void multiply_steps(
   _tile_stored(1, sums.tiles + SUM_TILE, 64);
   _tile_stored(2, sums.tiles + sums.below, 64);
   _tile_stored(3, sums.tiles + sums.below + SUM_TILE, 64);
-}
-
-inline void multiply_steps(int64_t steps, const Operands& a, const Operands& b, const TileSums& sums) {
-  multiply_steps(steps, a, b, sums, [](int64_t) {});
 }
 
 #undef HSTU_LOAD_TILE
@@ -104,7 +108,8 @@ inline bool tile_units_work() {
     alignas(64) float sums[4 * SUM_TILE];
     std::fill_n(ones, 2 * TILE, bf16(1.0f));
     TileSession session;
-    multiply_steps(1, {ones, ones + TILE}, {ones, ones + TILE}, {sums});
+    NoLine none;
+    multiply_steps(1, {ones, ones + TILE}, {ones, ones + TILE}, {sums}, [](int64_t) {}, Lines<NoLine>{none, 0});
     return std::all_of(sums, sums + 4 * SUM_TILE, [](float sum) { return sum == STEP; });
   }();
   return work;
