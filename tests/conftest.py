@@ -29,6 +29,14 @@ settings.register_profile(
 settings.load_profile("hstu")
 
 
+@pytest.fixture(scope="module")
+def poisoned_memory():
+    """New memory holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def _small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Benchmarks inside this process measure the machine with a small product and a small copy."""

@@ -32,20 +32,15 @@ def test_pairs_are_those_of_the_mask(history: int, share: float, candidates: int
     assert shape.num_new == len(mask) - shape.num_cached
 
 
-class NoAttention:
-    """Passes the values on."""
-
-    impl = "reference"
-
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return v
-
-
 def test_linear_flops_are_those_that_torch_counts() -> None:
-    block, tokens = HSTUBlock(TINY), 37
+    """Beside those of the smallest squares of attention."""
+    block, pairs = HSTUBlock(TINY), 19
+    tokens = 2 * pairs
+    plan = plan_batch(2 * torch.arange(pairs + 1), None, tokens, "cpu")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        block(torch.randn(tokens, TINY.hidden_dim), NoAttention())
-    assert counter.get_total_flops() == TINY.num_layers * linear_flops(TINY, tokens)
+        block(torch.randn(tokens, TINY.hidden_dim), JaggedAttention(TINY, plan, "reference"))
+    of_layer = linear_flops(TINY, tokens) + attention_flops(TINY, pairs * 2**2)
+    assert counter.get_total_flops() == TINY.num_layers * of_layer
 
 
 def test_attention_flops_are_those_that_torch_counts() -> None:

@@ -11,6 +11,8 @@ from hstu_cli.kernels.fused_layer import RECOMPUTE, LayerSettings, composition, 
 from hstu_cli.model.cost import kept_bytes
 from hstu_cli.model.layer import HSTULayer, JaggedAttention
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 NARROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BATCHES = {
     "empty": ((0,), (0,)),
@@ -24,13 +26,6 @@ BATCHES = {
 every_batch = pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 every_implementation = pytest.mark.parametrize("impl", ["blocked", pytest.param("native", marks=pytest.mark.native)])
 every_recompute = pytest.mark.parametrize("recompute", RECOMPUTE)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    torch.use_deterministic_algorithms(True)  # new memory holds NaN
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 class Layer:

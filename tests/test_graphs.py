@@ -22,6 +22,8 @@ from hstu_cli.model.engine import InferenceEngine
 from hstu_cli.model.graphs import GraphChoice, GraphRunner, choose_graphs
 from hstu_cli.model.ranking import RankingModel
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")  # rows of padding too
+
 BUCKETS = (Bucket(7, 4), Bucket(24, 2), Bucket(60, 4))
 
 

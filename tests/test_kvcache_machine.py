@@ -76,7 +76,7 @@ class CacheMachine(RuleBasedStateMachine):
         attention = batch.attention(CONFIG, plan, "blocked")
         for layer in range(CONFIG.num_layers):
             key = (numbers + layer)[:, None, None].expand(-1, 1, 2)
-            attention(layer, key, key, -key)
+            attention.pages_of(layer).store(key, -key)
         for request, values in zip(batch.requests, expected, strict=True):
             pages = self.cache.device_storage.pages[:, request.pages]  # [layers, pages, 2, page_size, 1, 2]
             stored = pages.transpose(1, 2).flatten(2, 3)[:, :, : len(values), 0, 0].numpy()

@@ -42,7 +42,7 @@ def run(manager: KVCacheManager, batch: CacheBatch, seed: int = 0) -> None:
     attention = batch.attention(CONFIG, plan, "blocked")
     generator = torch.Generator().manual_seed(seed)
     for layer in range(CONFIG.num_layers):
-        attention(layer, *torch.randn(3, sum(new), 2, 4, generator=generator))
+        attention.pages_of(layer).store(*torch.randn(2, sum(new), 2, 4, generator=generator))
 
 
 def serve(manager: KVCacheManager, events_by_user: dict[int, int], seed: int = 0) -> list[int]:

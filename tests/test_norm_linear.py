@@ -1,13 +1,9 @@
 """A norm and the linear layer that reads it: the two operators one after the other, bit for bit, in one pass or two."""
 
-import dataclasses
-
 import pytest
 import torch
-import torch.nn.functional as F
 from support.implementations import IMPLEMENTATIONS, TRITON_DEVICE, device_of
 
-from hstu_cli.config import MODEL_PRESETS
 from hstu_cli.kernels import (
     layer_norm,
     layer_norm_mul,
@@ -15,9 +11,7 @@ from hstu_cli.kernels import (
     linear_silu,
     norm_linear_silu,
     norm_mul_linear_residual,
-    plan_batch,
 )
-from hstu_cli.model.layer import HSTULayer, JaggedAttention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [
@@ -102,35 +96,6 @@ def test_any_number_of_threads_gives_the_same(threads, num_threads: int) -> None
         threads(num_threads)
         found = silu_of(t, "native", num_parts=4), residual_of(t, "native")
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
-def test_a_layer_drops_between_norm_and_product() -> None:
-    torch.manual_seed(0)
-    config = dataclasses.replace(MODEL_PRESETS["tiny"], num_layers=1)
-    layer = HSTULayer(config).train()
-    x = torch.randn(9, config.hidden_dim)
-    attention = JaggedAttention(config, plan_batch(torch.tensor([0, 9]), None, 9, "cpu"), impl="reference")
-    norm, seen = layer.output_norm, []
-
-    def attend(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        seen.append(attention(index, q, k, v))
-        return seen[-1]
-
-    attend.impl = "reference"
-    with torch.no_grad():
-        whole = layer(x, attend, 0)
-        layer.dropout = 0.5
-        torch.manual_seed(1)
-        found = layer(x, attend, 0)
-        normed = layer_norm(x, layer.input_norm.weight, layer.input_norm.bias, eps=config.norm_eps, impl="reference")
-        u = linear_silu(normed, layer.uvqk.weight, layer.uvqk.bias, num_parts=4, impl="reference")[0]
-        torch.manual_seed(1)
-        gated = F.dropout(
-            layer_norm_mul(seen[-1].flatten(1), u, norm.weight, norm.bias, eps=norm.eps, impl="reference"), 0.5
-        )
-        assert torch.equal(found, linear_residual(gated, layer.output.weight, x, impl="reference"))
-        assert not torch.equal(found, whole)
-        assert torch.equal(layer.eval()(x, attend, 0), whole)
 
 
 def test_gradients_flow() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from hstu_cli.backend import prefers_few_shapes, upload
 from hstu_cli.config import ModelConfig
-from hstu_cli.kernels import BatchPlan, PagePlan, append_to_pages, paged_attention, plan_pages
+from hstu_cli.kernels import BatchPlan, LayerPages, PagePlan, plan_pages
 from hstu_cli.kernels.buckets import bucket, padded
 from hstu_cli.kvcache.fingerprint import HistoryFingerprint
 from hstu_cli.kvcache.storage import PageStorage
@@ -158,21 +158,13 @@ class PagedAttention:
             new_slots=slots,
         )
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Wait for this layer's pages, store what is new, and attend: q, k, v and result [T, H, d]."""
-        for job in self.jobs:
-            job.wait_layer(layer)
-        pages = self.storage.pages[layer]
-        if len(self.new_rows):
-            append_to_pages(k, v, self.new_rows, pages, self.new_slots, impl=self.append_impl)
-        return paged_attention(
-            q,
-            k,
-            v,
-            self.plan,
-            pages,
-            self.page_plan,
-            alpha=self.config.alpha,
-            scaling_seqlen=self.config.scaling_seqlen,
-            impl=self.impl,
+    def pages_of(self, layer: int) -> LayerPages:
+        """See `hstu_cli.model.layer.Attention`; waits for the copies of this layer alone."""
+
+        def wait() -> None:
+            for job in self.jobs:
+                job.wait_layer(layer)
+
+        return LayerPages(
+            self.storage.pages[layer], self.page_plan, self.new_rows, self.new_slots, self.append_impl, wait
         )

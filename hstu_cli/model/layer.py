@@ -4,35 +4,27 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hstu_cli.config import ModelConfig
-from hstu_cli.kernels import (
-    BatchPlan,
-    LayerWeights,
-    fused_hstu_layer,
-    jagged_attention,
-    layer_norm_mul,
-    linear_residual,
-    norm_linear_silu,
-    norm_mul_linear_residual,
-)
+from hstu_cli.kernels import BatchPlan, LayerPages, LayerWeights, fused_hstu_layer, hstu_layer
 from hstu_cli.kernels.dispatch import wants_gradient
 
 # Shapes: T tokens (jagged over the batch), D hidden_dim, H heads, d head_dim.
 
 
 class Attention(Protocol):
-    """What a layer asks of a batch: the attention output of its new tokens.
+    """What a layer asks of a batch: where its tokens are, and which keys and values are cached.
 
     impl: the implementation of the batch's operators, those of the layer included.
     """
 
+    config: ModelConfig
+    plan: BatchPlan
     impl: str
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """O [T, H, d] for q, k and v [T, H, d] of layer number `layer`."""
+    def pages_of(self, layer: int) -> LayerPages | None:
+        """What is cached for layer number `layer`; None where nothing is."""
         ...
 
 
@@ -44,19 +36,15 @@ class JaggedAttention:
     plan: BatchPlan
     impl: str = "auto"
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def pages_of(self, layer: int) -> None:
         """See `Attention`."""
-        config = self.config
-        return jagged_attention(
-            q, k, v, self.plan, alpha=config.alpha, scaling_seqlen=config.scaling_seqlen, impl=self.impl
-        )
 
 
 class HSTULayer(nn.Module):
     """One layer: `x' = x + (LayerNorm(attention(q, k, v)) * u) W_o` with u, v, q, k from SiLU(norm(x) W).
 
-    Equations 1 to 3 of "Actions Speak Louder than Words" (ICML 2024). Where gradients are wanted it is
-    `fused_hstu_layer`, unless keys are cached.
+    Equations 1 to 3 of "Actions Speak Louder than Words" (ICML 2024): `hstu_layer`, and `fused_hstu_layer` in training,
+    where gradients are wanted or something is dropped.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -71,20 +59,23 @@ class HSTULayer(nn.Module):
 
     def forward(self, x: torch.Tensor, attention: Attention, layer: int) -> torch.Tensor:
         """X [T, D] to x' [T, D]."""
-        impl = attention.impl
-        if isinstance(attention, JaggedAttention) and wants_gradient(x, *self.weights):
+        drops = bool(self.dropout) and self.training
+        if isinstance(attention, JaggedAttention) and (drops or wants_gradient(x, *self.weights)):
             return self._fused(x, attention)
-        norm, uvqk = self.input_norm, self.uvqk
-        u, *vqk = norm_linear_silu(
-            x, norm.weight, norm.bias, uvqk.weight, uvqk.bias, eps=norm.eps, num_parts=4, impl=impl
-        )  # [T, H * d] each
-        v, q, k = (part.unflatten(1, (self.num_heads, self.head_dim)) for part in vqk)
-        o = attention(layer, q, k, v).flatten(1)  # [T, H * d]
-        norm, weight = self.output_norm, self.output.weight
-        if self.dropout and self.training:  # what is dropped lies between the norm and the product
-            gated = layer_norm_mul(o, u, norm.weight, norm.bias, eps=norm.eps, impl=impl)
-            return linear_residual(F.dropout(gated, self.dropout), weight, x, impl=impl)
-        return norm_mul_linear_residual(o, u, norm.weight, norm.bias, weight, x, eps=norm.eps, impl=impl)
+        if drops:
+            raise ValueError("a layer in training drops; call eval() before it runs over cached keys and values")
+        config = attention.config
+        return hstu_layer(
+            x,
+            self.weights,
+            attention.plan,
+            attention.pages_of(layer),
+            num_heads=self.num_heads,
+            alpha=config.alpha,
+            scaling_seqlen=config.scaling_seqlen,
+            eps=self.input_norm.eps,
+            impl=attention.impl,
+        )
 
     @property
     def weights(self) -> LayerWeights:

@@ -2,11 +2,12 @@
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from hstu_cli.kernels import append_to_pages, paged_attention, plan_batch, plan_pages
+from hstu_cli.config import ModelConfig
+from hstu_cli.kernels import BatchPlan, LayerPages, plan_batch, plan_pages
 from hstu_cli.kvcache.batch import PagedAttention
 from hstu_cli.model.buckets import Bucket
 from hstu_cli.model.graphs import GraphRunner
@@ -92,22 +93,23 @@ class _PlannedAtReplay:
     static: PagedAttention
 
     @property
+    def config(self) -> ModelConfig:
+        return self.static.config
+
+    @property
     def impl(self) -> str:
         return self.static.impl
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        static, batch, pages = self.static, self.static.plan, self.static.page_plan
-        of_layer = static.storage.pages[layer]
-        append_to_pages(k, v, static.new_rows, of_layer, static.new_slots)  # rows of padding too
-        num_tokens = int(batch.seq_offsets[-1])
-        plan = plan_batch(batch.seq_offsets, batch.num_candidates, num_tokens, "cpu")
+    @property
+    def plan(self) -> BatchPlan:
+        static = self.static.plan
+        batch = plan_batch(static.seq_offsets, static.num_candidates, int(static.seq_offsets[-1]), "cpu")
+        return replace(batch, num_tokens=static.num_tokens)  # rows of padding too
+
+    def pages_of(self, layer: int) -> LayerPages:
+        static, pages = self.static.plan, self.static.page_plan
         page_plan = plan_pages(
             pages.page_indptr, pages.page_ids[: int(pages.page_indptr[-1])], pages.cached_lengths,
-            num_sequences=batch.num_sequences, num_pages=pages.num_pages, page_size=pages.page_size, device="cpu",
+            num_sequences=static.num_sequences, num_pages=pages.num_pages, page_size=pages.page_size, device="cpu",
         )  # fmt: skip
-        out = torch.full(q.shape, torch.nan, dtype=q.dtype)  # what a row of padding holds is nobody's business
-        out[:num_tokens] = paged_attention(
-            q[:num_tokens], k[:num_tokens], v[:num_tokens], plan, of_layer, page_plan,
-            alpha=static.config.alpha, scaling_seqlen=static.config.scaling_seqlen, impl=static.impl,
-        )  # fmt: skip
-        return out
+        return replace(self.static.pages_of(layer), plan=page_plan)

@@ -1,0 +1,195 @@
+"""The layer of inference: operator by operator or in one call, over whole sequences and over cached pages."""
+
+import dataclasses
+
+import pytest
+import torch
+from support.implementations import IMPLEMENTATIONS, device_of
+
+from hstu_cli.config import MODEL_PRESETS
+from hstu_cli.kernels import (
+    LayerPages,
+    LayerWeights,
+    fused_hstu_layer,
+    hstu_layer,
+    jagged_attention,
+    layer_norm,
+    layer_norm_mul,
+    linear_residual,
+    linear_silu,
+    paged_attention,
+    plan_batch,
+    plan_pages,
+)
+from hstu_cli.model.layer import HSTULayer, JaggedAttention
+
+EPS, ALPHA, SCALING_SEQLEN, PAGE_SIZE = 1e-5, 0.3, 50, 4
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [(32, 2, 16), (40, 3, 24), (31, 1, 8), (64, 2, 33)]
+"""Width, heads, head dim; the parts of the second, third and fourth cannot all be tiles of their own."""
+BATCHES = {
+    "empty": ([0], [0], [0]),
+    "nothing-cached": ([7, 0, 12], [2, 0, 12], [0, 0, 0]),
+    "cached": ([7, 3, 40], [2, 3, 11], [9, 4, 60]),
+    "long": ([7, 1300], [2, 88], [9, 130]),
+}
+"""Of each sequence: new tokens, candidates among them, cached tokens."""
+
+every_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+class Inputs:
+    """A layer's input and weights over a batch, and pages that only `wait` fills."""
+
+    def __init__(self, batch: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu") -> None:
+        new, candidates, cached = BATCHES[batch]
+        width, self.heads, head_dim = shape
+        inner, generator = self.heads * head_dim, torch.Generator().manual_seed(5)
+
+        def normal(*sizes: int, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
+            return (torch.randn(*sizes, generator=generator) * std + mean).to(dtype).to(device)
+
+        self.x = normal(sum(new), width, mean=0.3)
+        self.weights = LayerWeights(
+            normal(width, mean=1, std=0.2),
+            normal(width, std=0.2),
+            normal(4 * inner, width, std=width**-0.5),
+            normal(4 * inner, std=0.2),
+            normal(inner, mean=1, std=0.2),
+            normal(inner, std=0.2),
+            normal(width, inner, std=inner**-0.5),
+        )
+        offsets = torch.tensor([0, *new]).cumsum(0)
+        self.plan = plan_batch(offsets, torch.tensor(candidates), sum(new), device)
+        held = [-(-(c + n) // PAGE_SIZE) for c, n in zip(cached, new, strict=True)]
+        ids = torch.randperm(sum(held) + 2, generator=generator)[: sum(held)]
+        self.page_plan = plan_pages(
+            torch.tensor([0, *held]).cumsum(0),
+            ids,
+            torch.tensor(cached),
+            num_sequences=len(new),
+            num_pages=sum(held) + 2,
+            page_size=PAGE_SIZE,
+            device=device,
+        )
+        self.full = normal(sum(held) + 2, 2, PAGE_SIZE, self.heads, head_dim)
+        rows, slots = [], []
+        for b, (start, c) in enumerate(zip(offsets.tolist(), cached, strict=False)):  # history is stored
+            pages = ids[sum(held[:b]) : sum(held[: b + 1])].tolist()
+            for i in range(new[b] - candidates[b]):
+                rows.append(start + i)
+                slots.append(pages[(c + i) // PAGE_SIZE] * PAGE_SIZE + (c + i) % PAGE_SIZE)
+        self.rows, self.slots = (torch.tensor(part, dtype=torch.int64, device=device) for part in (rows, slots))
+
+    def cached(self, append_impl: str = "torch") -> LayerPages:
+        """What is cached, with pages that are not there yet."""
+        pages = torch.full_like(self.full, torch.nan)
+
+        def arrive() -> None:
+            pages.copy_(self.full)
+
+        return LayerPages(pages, self.page_plan, self.rows, self.slots, append_impl, arrive)
+
+    def layer(self, cached: LayerPages | None, impl: str, **changes: object) -> torch.Tensor:
+        """The operator."""
+        settings = {"num_heads": self.heads, "alpha": ALPHA, "scaling_seqlen": SCALING_SEQLEN, "eps": EPS} | changes
+        with torch.no_grad():
+            return hstu_layer(self.x, self.weights, self.plan, cached, impl=impl, **settings)
+
+    @torch.no_grad()
+    def by_operators(self, cached: LayerPages | None, impl: str) -> torch.Tensor:
+        """The same by the smallest operators."""
+        w = self.weights
+        normed = layer_norm(self.x, w.input_norm_weight, w.input_norm_bias, eps=EPS, impl=impl)
+        uvqk = linear_silu(normed, w.uvqk_weight, w.uvqk_bias, impl=impl)
+        u, *vqk = uvqk.chunk(4, dim=1)
+        v, q, k = (part.reshape(len(part), self.heads, part.shape[1] // self.heads) for part in vqk)
+        scales = {"alpha": ALPHA, "scaling_seqlen": SCALING_SEQLEN, "impl": impl}
+        if cached is None:
+            o = jagged_attention(q, k, v, self.plan, **scales)
+        else:
+            cached.store(k, v)
+            o = paged_attention(q, k, v, self.plan, cached.pages, self.page_plan, **scales)
+        gated = layer_norm_mul(o.flatten(1), u, w.output_norm_weight, w.output_norm_bias, eps=EPS, impl=impl)
+        return linear_residual(gated, w.output_weight, self.x, impl=impl)
+
+
+@every_implementation
+@every_dtype
+@every_shape
+@pytest.mark.parametrize("batch", BATCHES)
+def test_it_is_its_operators_bit_for_bit(batch: str, shape, dtype: torch.dtype, impl: str) -> None:
+    if impl == "triton" and device_of(impl) == "cpu" and (dtype == torch.bfloat16 or batch == "long"):
+        pytest.skip("Triton's interpreter multiplies bfloat16 matrices wrongly, and long batches for minutes")
+    inputs = Inputs(batch, shape, dtype, device_of(impl))
+    for found_in, expected_in in ((None, None), (inputs.cached(), inputs.cached())):
+        found, expected = inputs.layer(found_in, impl), inputs.by_operators(expected_in, impl)
+        assert found.dtype == dtype
+        assert found.isfinite().all()
+        assert torch.equal(found, expected)
+        if found_in is not None and len(inputs.rows):
+            assert torch.equal(found_in.pages, expected_in.pages)
+            assert not torch.equal(found_in.pages, inputs.full)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("append_impl", ["torch", "native"])
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_any_number_of_threads_and_any_append_give_the_same(threads, num_threads: int, append_impl: str) -> None:
+    inputs = Inputs("cached", (96, 3, 32), torch.bfloat16)
+    expected_in, found_in = inputs.cached(), inputs.cached(append_impl)
+    expected = inputs.by_operators(expected_in, "native")
+    threads(num_threads)
+    found = inputs.layer(found_in, "native")
+    assert torch.equal(found_in.pages, expected_in.pages)
+    torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-6)
+
+
+@every_implementation
+def test_what_does_not_fit_is_refused(impl: str) -> None:
+    inputs = Inputs("cached", SHAPES[0], torch.bfloat16, device_of(impl))
+    other = Inputs("nothing-cached", SHAPES[0], torch.bfloat16, device_of(impl))
+    w = inputs.weights
+    with pytest.raises(ValueError, match=r"scaling_seqlen must be at least 1"):
+        inputs.layer(None, impl, scaling_seqlen=0)
+    x, inputs.x = inputs.x, other.x
+    with pytest.raises(ValueError, match=r"planned for 50 tokens"):
+        inputs.layer(None, impl)
+    inputs.x = x
+    with pytest.raises(ValueError, match=r"page tables were planned for 3 sequences"):
+        inputs.layer(dataclasses.replace(inputs.cached(), plan=other.page_plan), impl)
+    with pytest.raises(ValueError, match="pages"):
+        inputs.layer(dataclasses.replace(inputs.cached(), pages=inputs.full.float()), impl)
+    for changed in (
+        {"output_weight": w.output_weight[:-1]},
+        {"uvqk_bias": w.uvqk_bias[1:]},
+        {"input_norm_weight": w.input_norm_weight.float()},
+        {"output_norm_bias": w.output_norm_bias[1:]},
+    ):
+        inputs.weights = w._replace(**changed)
+        with pytest.raises(ValueError, match=r"must be"):
+            inputs.layer(None, impl)
+
+
+def test_a_layer_of_the_model_drops_in_training_even_without_gradients() -> None:
+    config = dataclasses.replace(MODEL_PRESETS["tiny"], num_layers=1)
+    torch.manual_seed(0)
+    layer, x = HSTULayer(config).train(), torch.randn(9, config.hidden_dim)
+    plan = plan_batch(torch.tensor([0, 9]), None, 9, "cpu")
+    attention = JaggedAttention(config, plan, impl="reference")
+    with torch.no_grad():
+        whole = layer(x, attention, 0)
+        layer.dropout = 0.5
+        torch.manual_seed(1)
+        found = layer(x, attention, 0)
+        torch.manual_seed(1)
+        seed = int(torch.randint(2**63 - 1, ()))
+        scales = {"alpha": config.alpha, "scaling_seqlen": config.scaling_seqlen, "eps": config.norm_eps}
+        expected = fused_hstu_layer(
+            x, layer.weights, plan, num_heads=config.num_heads, **scales, dropout=0.5, seed=seed, impl="reference"
+        )
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, whole)
+        assert torch.equal(layer.eval()(x, attention, 0), whole)
