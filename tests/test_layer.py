@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from support.implementations import IMPLEMENTATIONS, device_of
+from torch.profiler import ProfilerActivity, profile
 
 from hstu_cli.config import MODEL_PRESETS
 from hstu_cli.kernels import (
@@ -124,7 +125,8 @@ def test_it_is_its_operators_bit_for_bit(batch: str, shape, dtype: torch.dtype, 
     if impl == "triton" and device_of(impl) == "cpu" and (dtype == torch.bfloat16 or batch == "long"):
         pytest.skip("Triton's interpreter multiplies bfloat16 matrices wrongly, and long batches for minutes")
     inputs = Inputs(batch, shape, dtype, device_of(impl))
-    for found_in, expected_in in ((None, None), (inputs.cached(), inputs.cached())):
+    append_impl = "native" if impl == "native" else "torch"
+    for found_in, expected_in in ((None, None), (inputs.cached(append_impl), inputs.cached())):
         found, expected = inputs.layer(found_in, impl), inputs.by_operators(expected_in, impl)
         assert found.dtype == dtype
         assert found.isfinite().all()
@@ -132,6 +134,20 @@ def test_it_is_its_operators_bit_for_bit(batch: str, shape, dtype: torch.dtype, 
         if found_in is not None and len(inputs.rows):
             assert torch.equal(found_in.pages, expected_in.pages)
             assert not torch.equal(found_in.pages, inputs.full)
+
+
+@pytest.mark.native
+def test_in_tiles_it_is_one_call() -> None:
+    inputs = Inputs("cached", SHAPES[0], torch.bfloat16)
+    if not torch.ops.hstu_native.has_bf16_tiles():
+        pytest.skip("the C++ operators have no bf16 tiles on this CPU")
+    for cached in (None, inputs.cached("native")):
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            inputs.layer(cached, "auto")
+        own = [event.key for event in found.key_averages() if event.key.startswith("hstu_native::")]
+        assert set(own) == {"hstu_native::layer", "hstu_native::pack_weight", "hstu_native::has_bf16_tiles"} - (
+            {"hstu_native::pack_weight"} if cached else set()
+        )
 
 
 @pytest.mark.native

@@ -97,10 +97,20 @@ def check_like_q(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 def check_planned(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BatchPlan, scaling_seqlen: int) -> None:
     """ValueError unless q, k and v fit together and are what was planned for."""
     check_like_q(q, k, v)
-    if q.shape[0] != plan.num_tokens or q.device != plan.seq_offsets.device:
+    check_tokens(q, plan)
+    check_scaling(scaling_seqlen)
+
+
+def check_tokens(x: torch.Tensor, plan: BatchPlan) -> None:
+    """ValueError unless x has the rows, and is on the device, that the batch was planned for."""
+    if x.shape[0] != plan.num_tokens or x.device != plan.seq_offsets.device:
         raise ValueError(
             f"the batch was planned for {plan.num_tokens} tokens on {plan.seq_offsets.device}, "
-            f"not {q.shape[0]} on {q.device}"
+            f"not {x.shape[0]} on {x.device}"
         )
+
+
+def check_scaling(scaling_seqlen: int) -> None:
+    """ValueError for what scores cannot be divided by."""
     if scaling_seqlen < 1:
         raise ValueError(f"scaling_seqlen must be at least 1, not {scaling_seqlen}")

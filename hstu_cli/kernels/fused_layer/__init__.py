@@ -2,6 +2,7 @@
 
 import torch
 
+from hstu_cli.kernels.attention import check_scaling, check_tokens
 from hstu_cli.kernels.attention.plan import BatchPlan
 from hstu_cli.kernels.dispatch import AUTO, choose_impl
 from hstu_cli.kernels.fused_layer.dropout import dropout_level
@@ -44,15 +45,10 @@ def fused_hstu_layer(
     """
     if x.dim() != 2 or not x.dtype.is_floating_point:
         raise ValueError(f"x must be [tokens, width] of a floating dtype, not {list(x.shape)} {x.dtype}")
-    if len(x) != plan.num_tokens or x.device != plan.seq_offsets.device:
-        raise ValueError(
-            f"the batch was planned for {plan.num_tokens} tokens on {plan.seq_offsets.device}, "
-            f"not {len(x)} on {x.device}"
-        )
+    check_tokens(x, plan)
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, not {recompute!r}")
-    if scaling_seqlen < 1:
-        raise ValueError(f"scaling_seqlen must be at least 1, not {scaling_seqlen}")
+    check_scaling(scaling_seqlen)
     dropout_level(dropout)
     weights.check(x.shape[1], num_heads, x.device)
     name = choose_impl(impl, x.device.type, gradients=True).name

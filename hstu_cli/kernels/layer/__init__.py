@@ -1,44 +1,19 @@
 """One HSTU layer of inference, over whole sequences or over cached pages."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 
-from hstu_cli.kernels.append_pages import append_to_pages
-from hstu_cli.kernels.attention import jagged_attention
+from hstu_cli.kernels.attention import check_scaling, check_tokens, jagged_attention
 from hstu_cli.kernels.attention.plan import BatchPlan
-from hstu_cli.kernels.dispatch import AUTO
+from hstu_cli.kernels.dispatch import AUTO, choose_impl_for, runs_on
 from hstu_cli.kernels.fused_layer.settings import LayerWeights
+from hstu_cli.kernels.inputs import check_alike
+from hstu_cli.kernels.layer.pages import LayerPages
 from hstu_cli.kernels.norm_linear import norm_linear_silu, norm_mul_linear_residual
-from hstu_cli.kernels.paged_attention import paged_attention
-from hstu_cli.kernels.paged_attention.plan import PagePlan
+from hstu_cli.kernels.paged_attention import check_pool, paged_attention
+
+__all__ = ["LayerPages", "hstu_layer"]
 
 # Shapes: T tokens, D width, H heads, d head_dim.
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPages:
-    """The cached keys and values of one layer, and which of the batch's join them.
-
-    pages: [num_pages, 2, page_size, H, d]. plan: where in them the cached tokens are.
-    new_rows, new_slots: int64 [n], which of the batch's tokens are stored and where, before attention reads the pages;
-      see `append_to_pages`, append_impl is its impl.
-    wait: called before the pages are touched, as they may still be on their way.
-    """
-
-    pages: torch.Tensor
-    plan: PagePlan
-    new_rows: torch.Tensor
-    new_slots: torch.Tensor
-    append_impl: str
-    wait: Callable[[], None]
-
-    def store(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write the new ones of k and v [T, H, d] into the pages, once these are there."""
-        self.wait()
-        if len(self.new_rows):
-            append_to_pages(k, v, self.new_rows, self.pages, self.new_slots, impl=self.append_impl)
 
 
 def hstu_layer(
@@ -61,6 +36,16 @@ def hstu_layer(
     alpha, scaling_seqlen: see `hstu_attention`. eps: of both layer norms. impl: that of every operator of the layer.
     Raises ValueError for inputs that do not fit together, and what `choose_impl` does.
     """
+    if _is_one_call(x, weights, cached, impl):
+        check_tokens(x, plan)
+        check_scaling(scaling_seqlen)
+        weights.check(x.shape[1], num_heads, x.device)
+        check_alike("weights", x, *weights)
+        if cached is not None:
+            check_pool(cached.pages, cached.plan, plan)
+        from hstu_cli.kernels.layer.native import layer
+
+        return layer(x, weights, plan, cached, num_heads=num_heads, alpha=alpha, scaling_seqlen=scaling_seqlen, eps=eps)
     w = weights
     u, *vqk = norm_linear_silu(
         x, w.input_norm_weight, w.input_norm_bias, w.uvqk_weight, w.uvqk_bias, eps=eps, num_parts=4, impl=impl
@@ -76,3 +61,15 @@ def hstu_layer(
     return norm_mul_linear_residual(
         o.flatten(1), u, w.output_norm_weight, w.output_norm_bias, w.output_weight, x, eps=eps, impl=impl
     )
+
+
+def _is_one_call(x: torch.Tensor, weights: LayerWeights, cached: LayerPages | None, impl: str) -> bool:
+    """Whether the C++ operators compute the whole layer at once."""
+    if x.dim() != 2 or not runs_on("native", x.device.type):
+        return False
+    pages = () if cached is None else (cached.pages,)
+    if choose_impl_for(impl, x, *weights, *pages) != "native":
+        return False
+    from hstu_cli.kernels.linear.native import goes_into_tiles
+
+    return goes_into_tiles(x) and (cached is None or cached.append_impl == "native" or not len(cached.new_rows))

@@ -70,12 +70,7 @@ def paged_attention(
     """`hstu_paged_attention` of a planned batch: looks at shapes, dtypes and devices alone, and waits for nothing."""
     check_planned(q, k, v, plan, scaling_seqlen)
     _check_pages(q, pages)
-    pool = (page_plan.num_pages, page_plan.page_size)
-    if (pages.shape[0], pages.shape[2]) != pool or page_plan.cached_lengths.shape[0] != plan.num_sequences:
-        raise ValueError(
-            f"the page tables were planned for {page_plan.cached_lengths.shape[0]} sequences and {pool[0]} pages of "
-            f"{pool[1]} tokens, not {plan.num_sequences} and {pages.shape[0]} of {pages.shape[2]}"
-        )
+    check_pool(pages, page_plan, plan)
     match choose_impl_for(impl, q, k, v, pages):
         case "reference":
             from hstu_cli.kernels.paged_attention.reference import attention
@@ -96,6 +91,16 @@ def paged_attention(
 
             return attention(q, k, v, plan, pages, page_plan, alpha=alpha, scaling_seqlen=scaling_seqlen)
     return attention(q, k, v, *plan.on_host(), pages, *page_plan.on_host(), alpha=alpha, scaling_seqlen=scaling_seqlen)
+
+
+def check_pool(pages: torch.Tensor, page_plan: PagePlan, plan: BatchPlan) -> None:
+    """ValueError unless the page tables were planned for this pool and for as many sequences as the batch has."""
+    pool = (page_plan.num_pages, page_plan.page_size)
+    if (pages.shape[0], pages.shape[2]) != pool or page_plan.cached_lengths.shape[0] != plan.num_sequences:
+        raise ValueError(
+            f"the page tables were planned for {page_plan.cached_lengths.shape[0]} sequences and {pool[0]} pages of "
+            f"{pool[1]} tokens, not {plan.num_sequences} and {pages.shape[0]} of {pages.shape[2]}"
+        )
 
 
 def _check_pages(q: torch.Tensor, pages: torch.Tensor) -> None:

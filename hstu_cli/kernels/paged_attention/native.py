@@ -19,10 +19,13 @@ def attention(
     scaling_seqlen: int,
 ) -> torch.Tensor:
     """See `hstu_paged_attention`; no gradients."""
-    indptr = list(accumulate(map(len, page_tables), initial=0))
-    ids = list(chain.from_iterable(page_tables))
     if not len(q):
         return torch.empty_like(q, memory_format=torch.contiguous_format)
     return torch.ops.hstu_native.attention(
-        q, k, v, offsets, num_candidates, pages, indptr, ids, cached_lengths, alpha, scaling_seqlen
+        q, k, v, offsets, num_candidates, pages, *flat(page_tables), cached_lengths, alpha, scaling_seqlen
     )
+
+
+def flat(page_tables: list[list[int]]) -> tuple[list[int], list[int]]:
+    """Where each table begins, [B + 1], and all tables, one behind the other."""
+    return list(accumulate(map(len, page_tables), initial=0)), list(chain.from_iterable(page_tables))

@@ -300,6 +300,32 @@ at::Tensor norm_mul_linear_residual(
     const at::Tensor& packed, const at::Tensor& residual) {
   return run_linear_residual(x, NormedInput(x, u, norm_weight, norm_bias, eps), packed, residual);
 }
+
+// A whole layer of inference: its four operators, one behind the other, without a way back to the interpreter between
+// them. By then a caller's code has left the caches, and comes from memory again.
+at::Tensor layer(
+    const at::Tensor& x, const at::Tensor& input_norm_weight, const at::Tensor& input_norm_bias,
+    const at::Tensor& packed_uvqk, const at::Tensor& uvqk_bias, const at::Tensor& output_norm_weight,
+    const at::Tensor& output_norm_bias, const at::Tensor& packed_output, double eps, int64_t num_heads,
+    at::IntArrayRef offsets, at::IntArrayRef num_candidates, const std::optional<at::Tensor>& pages,
+    const std::optional<at::Tensor>& new_rows, const std::optional<at::Tensor>& new_slots,
+    at::IntArrayRef page_indptr, at::IntArrayRef page_ids, at::IntArrayRef cached_lengths, double alpha,
+    int64_t scaling_seqlen) {
+  const int64_t inner = output_norm_weight.numel();
+  TORCH_CHECK_VALUE(
+      num_heads > 0 && inner % num_heads == 0 && uvqk_bias.numel() == 4 * inner, "weights do not fit the heads");
+  const bool separate = inner % PackedWeight::COLUMNS == 0;  // parts have memory of their own then
+  const at::Tensor uvqk =
+      norm_linear_silu(x, input_norm_weight, input_norm_bias, eps, packed_uvqk, uvqk_bias, separate ? 4 : 1);
+  const auto part = [&](int64_t i) { return separate ? uvqk.select(0, i) : uvqk.select(0, 0).narrow(1, i * inner, inner); };
+  const auto heads = [&](int64_t i) { return part(i).unflatten(1, {num_heads, inner / num_heads}); };
+  const at::Tensor v = heads(1), q = heads(2), k = heads(3);
+  if (pages && new_rows && new_slots && new_rows->numel()) append(k, v, *new_rows, *pages, *new_slots);
+  const at::Tensor o = paged_attention(
+      q, k, v, offsets, num_candidates, pages, page_indptr, page_ids, cached_lengths, alpha, scaling_seqlen);
+  return norm_mul_linear_residual(
+      o.flatten(1), part(0), output_norm_weight, output_norm_bias, eps, packed_output, x);
+}
 #endif
 
 }  // namespace hstu
@@ -322,6 +348,11 @@ TORCH_LIBRARY(hstu_native, library) {
   library.def(
       "norm_mul_linear_residual(Tensor x, Tensor u, Tensor norm_weight, Tensor norm_bias, float eps, Tensor packed, "
       "Tensor residual) -> Tensor");
+  library.def(
+      "layer(Tensor x, Tensor input_norm_weight, Tensor input_norm_bias, Tensor packed_uvqk, Tensor uvqk_bias, "
+      "Tensor output_norm_weight, Tensor output_norm_bias, Tensor packed_output, float eps, int num_heads, "
+      "int[] offsets, int[] num_candidates, Tensor(a!)? pages, Tensor? new_rows, Tensor? new_slots, int[] page_indptr, "
+      "int[] page_ids, int[] cached_lengths, float alpha, int scaling_seqlen) -> Tensor");
   library.def("multiply_tiles(int repeats) -> int", &hstu::multiply_tiles);
 #endif
 }
@@ -336,5 +367,6 @@ TORCH_LIBRARY_IMPL(hstu_native, CPU, library) {
   library.impl("linear_residual", &hstu::linear_residual);
   library.impl("norm_linear_silu", &hstu::norm_linear_silu);
   library.impl("norm_mul_linear_residual", &hstu::norm_mul_linear_residual);
+  library.impl("layer", &hstu::layer);
 #endif
 }
