@@ -17,6 +17,7 @@ from hstu_cli.bench.published import published_e2e_ms
 from hstu_cli.bench.session import BenchSession
 from hstu_cli.commands import bench
 from hstu_cli.config import MODEL_PRESETS
+from hstu_cli.kernels import layer
 from hstu_cli.kvcache import KVCacheManager
 
 TINY = MODEL_PRESETS["tiny"]
@@ -62,8 +63,8 @@ def test_the_cache_is_used_and_begins_empty_in_every_round(monkeypatch: pytest.M
 
 
 def test_a_wrong_cached_score_invalidates_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cache_batch.paged_attention
-    monkeypatch.setattr(cache_batch, "paged_attention", lambda *a, **k: right(*a, **k).flip(-1))
+    right = layer.paged_attention
+    monkeypatch.setattr(layer, "paged_attention", lambda *a, **k: right(*a, **k).flip(-1))
     result = invoke(*SMALL, "--num-users", "1", "--format", "json")
     assert result.exit_code == 1
     record = json.loads(result.stdout)

@@ -15,7 +15,6 @@ import pytest
 import torch
 from support.cli import failure_of, invoke, record_of
 
-import hstu_cli.kvcache.batch as cache_batch
 from hstu_cli.backend import Event
 from hstu_cli.bench import block
 from hstu_cli.bench import layer as bench_layer
@@ -25,9 +24,9 @@ from hstu_cli.bench.layer import LayerGrid, LayerGroup, scaled_grid
 from hstu_cli.bench.published import published_layer
 from hstu_cli.commands import bench
 from hstu_cli.config import MODEL_PRESETS
+from hstu_cli.kernels import layer
 from hstu_cli.kernels.dispatch import choose_impl
 from hstu_cli.kvcache.transfers import TransferJob
-from hstu_cli.model import layer
 
 FASTEST = choose_impl("auto", "cpu").name
 ONE = ["--history", "48", "--candidates", "0", "--batch-size", "1"]
@@ -100,8 +99,8 @@ def test_half_precision_has_a_budget_of_its_own() -> None:
 
 @pytest.mark.parametrize("spoil", [lambda o: o * 1.5, lambda o: o * float("nan")], ids=["wrong", "nan"])
 def test_a_wrong_output_invalidates_the_run(spoil, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cache_batch.paged_attention
-    monkeypatch.setattr(cache_batch, "paged_attention", lambda *a, **k: spoil(right(*a, **k)))
+    right = layer.paged_attention
+    monkeypatch.setattr(layer, "paged_attention", lambda *a, **k: spoil(right(*a, **k)))
     result = invoke(
         *SMALL, "--history", "48", "--cached", "1/2", "--candidates", "5", "--batch-size", "1", "--format", "json"
     )
