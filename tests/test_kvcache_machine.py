@@ -11,7 +11,7 @@ from support.cache_model import CacheModel
 from support.deferred import CopyFailedError, DeferredBackend
 
 from hstu_cli.config import ModelConfig
-from hstu_cli.kernels import plan_batch
+from hstu_cli.kernels import paged_attention, plan_batch
 from hstu_cli.kvcache import KVCacheConfig, KVCacheManager
 from hstu_cli.kvcache.batch import CacheBatch
 from hstu_cli.kvcache.fingerprint import HistoryFingerprint
@@ -76,7 +76,11 @@ class CacheMachine(RuleBasedStateMachine):
         attention = batch.attention(CONFIG, plan, "blocked")
         for layer in range(CONFIG.num_layers):
             key = (numbers + layer)[:, None, None].expand(-1, 1, 2)
-            attention.pages_of(layer).store(key, -key)
+            pages = attention.pages_of(layer)
+            pages.store(key, -key)
+            scales = {"alpha": CONFIG.alpha, "scaling_seqlen": CONFIG.scaling_seqlen, "impl": attention.impl}
+            o = paged_attention(key, key, -key, attention.plan, pages.pages, pages.plan, **scales)
+            assert o.isfinite().all()
         for request, values in zip(batch.requests, expected, strict=True):
             pages = self.cache.device_storage.pages[:, request.pages]  # [layers, pages, 2, page_size, 1, 2]
             stored = pages.transpose(1, 2).flatten(2, 3)[:, :, : len(values), 0, 0].numpy()

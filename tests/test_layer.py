@@ -22,6 +22,8 @@ from hstu_cli.kernels import (
     plan_batch,
     plan_pages,
 )
+from hstu_cli.kernels.paged_attention.native import flat
+from hstu_cli.kvcache.batch import PagedAttention
 from hstu_cli.model.layer import HSTULayer, JaggedAttention
 
 EPS, ALPHA, SCALING_SEQLEN, PAGE_SIZE = 1e-5, 0.3, 50, 4
@@ -112,7 +114,7 @@ class Inputs:
             o = jagged_attention(q, k, v, self.plan, **scales)
         else:
             cached.store(k, v)
-            o = paged_attention(q, k, v, self.plan, cached.pages, self.page_plan, **scales)
+            o = paged_attention(q, k, v, self.plan, cached.pages, cached.plan, **scales)
         gated = layer_norm_mul(o.flatten(1), u, w.output_norm_weight, w.output_norm_bias, eps=EPS, impl=impl)
         return linear_residual(gated, w.output_weight, self.x, impl=impl)
 
@@ -173,11 +175,25 @@ def test_what_does_not_fit_is_refused(impl: str) -> None:
     x, inputs.x = inputs.x, other.x
     with pytest.raises(ValueError, match=r"planned for 50 tokens"):
         inputs.layer(None, impl)
+    inputs.x = x[0]
+    with pytest.raises(ValueError, match=r"x must be \[tokens, width\]"):
+        inputs.layer(None, impl)
     inputs.x = x
-    with pytest.raises(ValueError, match=r"page tables were planned for 3 sequences"):
-        inputs.layer(dataclasses.replace(inputs.cached(), plan=other.page_plan), impl)
-    with pytest.raises(ValueError, match="pages"):
-        inputs.layer(dataclasses.replace(inputs.cached(), pages=inputs.full.float()), impl)
+    for num_heads in (0, -1, 3):
+        with pytest.raises(ValueError, match=rf"output_norm_weight must be one row for {num_heads} equal heads"):
+            inputs.layer(None, impl, num_heads=num_heads)
+    cached = inputs.cached("native" if impl == "native" else "torch")
+    for change, message in (
+        ({"plan": other.page_plan}, r"page tables were planned for 3 sequences"),
+        ({"pages": inputs.full.float()}, r"pages must be torch.bfloat16"),
+        ({"pages": inputs.full[0]}, r"pages must be \[num_pages, 2, page_size, 2, 16\]"),
+        ({"pages": inputs.full.to("meta")}, r"pages must be torch.bfloat16 on .* not torch.bfloat16 on meta"),
+        ({"new_slots": inputs.slots[1:]}, r"rows and slots must be as many int64"),
+        ({"new_rows": inputs.rows.to("meta")}, r"rows and slots must be on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inputs.layer(dataclasses.replace(cached, **change), impl)
+    assert cached.pages.isnan().all(), "nothing was stored"
     for changed in (
         {"output_weight": w.output_weight[:-1]},
         {"uvqk_bias": w.uvqk_bias[1:]},
@@ -185,8 +201,99 @@ def test_what_does_not_fit_is_refused(impl: str) -> None:
         {"output_norm_bias": w.output_norm_bias[1:]},
     ):
         inputs.weights = w._replace(**changed)
-        with pytest.raises(ValueError, match=r"must be"):
+        with pytest.raises(
+            ValueError, match="weights must be" if "input_norm_weight" in changed else next(iter(changed))
+        ):
             inputs.layer(None, impl)
+
+
+@every_implementation
+def test_batches_without_history_store_nothing_and_plans_of_pages_may_change(impl: str) -> None:
+    """As further candidates of the same requests do."""
+    dtype = torch.float32 if impl == "triton" else torch.bfloat16
+    inputs, nothing = Inputs("cached", SHAPES[0], dtype, device_of(impl)), torch.empty(0, dtype=torch.int64)
+    nothing = nothing.to(inputs.rows.device)
+    fewer = dataclasses.replace(inputs.page_plan, cached_lengths=inputs.page_plan.cached_lengths - 1)
+    fewer = dataclasses.replace(fewer, lengths=[length - 1 for length in inputs.page_plan.lengths])
+    found = []
+    for plan in (inputs.page_plan, fewer, inputs.page_plan):
+        cached = dataclasses.replace(inputs.cached(), plan=plan, new_rows=nothing, new_slots=nothing)
+        expected = dataclasses.replace(inputs.cached(), plan=plan, new_rows=nothing, new_slots=nothing)
+        found.append(inputs.layer(cached, impl))
+        assert torch.equal(found[-1], inputs.by_operators(expected, impl))
+        assert torch.equal(cached.pages, inputs.full)
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
+def test_over_cached_pages_there_are_no_gradients_and_nothing_is_dropped() -> None:
+    inputs = Inputs("cached", SHAPES[0], torch.float32)
+    inputs.x.requires_grad_()
+    with pytest.raises(ValueError, match=r"no gradients over cached pages"):
+        hstu_layer(
+            inputs.x, inputs.weights, inputs.plan, inputs.cached(), num_heads=2, alpha=1.0, scaling_seqlen=1, eps=EPS
+        )
+    config = dataclasses.replace(MODEL_PRESETS["tiny"], num_layers=1)
+    layer = HSTULayer(config).train()
+    layer.dropout = 0.5
+    attention = PagedAttention(config, None, [], inputs.plan, inputs.page_plan, inputs.rows, inputs.slots, "blocked")
+    with pytest.raises(ValueError, match=r"call eval\(\)"), torch.no_grad():
+        layer(torch.randn(50, config.hidden_dim), attention, 0)
+
+
+@pytest.mark.native
+def test_the_call_itself_refuses_what_does_not_fit() -> None:
+    """Whoever calls the C++ operator without the checks in Python."""
+    inputs = Inputs("cached", SHAPES[0], torch.bfloat16)
+    if not torch.ops.hstu_native.has_bf16_tiles():
+        pytest.skip("the C++ operators have no bf16 tiles on this CPU")
+    w, pages = inputs.weights, inputs.full.clone()
+    packed = [torch.ops.hstu_native.pack_weight(weight) for weight in (w.uvqk_weight, w.output_weight)]
+    tables, lengths = inputs.page_plan.on_host()
+    offsets, candidates = inputs.plan.on_host()
+    names = (
+        "x", "a", "b", "uvqk", "bias", "c", "d", "output", "eps", "heads", "offsets", "candidates", "pages", "rows",
+        "slots", "indptr", "ids", "lengths", "alpha", "scaling",
+    )  # fmt: skip
+    right = dict(
+        zip(
+            names,
+            (
+                inputs.x, w[0], w[1], packed[0], w[3], w[4], w[5], packed[1], EPS, inputs.heads, offsets, candidates,
+                pages, inputs.rows, inputs.slots, *flat(tables), lengths, ALPHA, SCALING_SEQLEN,
+            ),
+            strict=True,
+        )
+    )  # fmt: skip
+
+    def call(**changes: object) -> torch.Tensor:
+        return torch.ops.hstu_native.layer(*(right | changes).values())
+
+    for message, changes in (
+        ("offsets", {"x": inputs.x[:0]}),
+        ("heads", {"heads": 0}),
+        ("heads", {"heads": 3}),
+        ("heads", {"bias": w[3][1:]}),
+        ("packed", {"uvqk": packed[0][:1].expand(len(packed[0]))}),
+        ("come together", {"slots": None}),
+        ("come together", {"pages": None}),
+        ("come together", {"pages": None, "indptr": [], "ids": [], "lengths": []}),
+        ("pages must be", {"pages": pages[0]}),
+        ("do not fit", {"candidates": [0] * 5000, "lengths": [0] * 5000}),
+        ("too few pages", {"lengths": [99, 4, 60]}),
+        ("no page -1", {"ids": [-1, *flat(tables)[1][1:]]}),
+        ("no row", {"rows": inputs.rows + 50}),
+        ("no slot", {"slots": inputs.slots + 4000}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**changes)
+    assert torch.equal(pages, inputs.full), "nothing was stored"
+    assert call().isfinite().all()
+    assert not torch.equal(pages, inputs.full)
+    nothing = plan_batch(torch.tensor([0, 0]), None, 0, "cpu").on_host()
+    uncached = {"pages": None, "rows": None, "slots": None, "indptr": [], "ids": [], "lengths": []}
+    empty = {"x": inputs.x[:0], "offsets": nothing[0], "candidates": nothing[1]}
+    assert call(**uncached, **empty).shape == (0, SHAPES[0][0])
 
 
 def test_a_layer_of_the_model_drops_in_training_even_without_gradients() -> None:

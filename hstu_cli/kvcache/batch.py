@@ -159,7 +159,7 @@ class PagedAttention:
         )
 
     def pages_of(self, layer: int) -> LayerPages:
-        """See `hstu_cli.model.layer.Attention`; waits for the copies of this layer alone."""
+        """What is cached for a layer; who stores into its pages waits for the copies of this layer alone."""
 
         def wait() -> None:
             for job in self.jobs:

@@ -43,13 +43,13 @@ class JaggedAttention:
 class HSTULayer(nn.Module):
     """One layer: `x' = x + (LayerNorm(attention(q, k, v)) * u) W_o` with u, v, q, k from SiLU(norm(x) W).
 
-    Equations 1 to 3 of "Actions Speak Louder than Words" (ICML 2024): `hstu_layer`, and `fused_hstu_layer` in training,
-    where gradients are wanted or something is dropped.
+    Equations 1 to 3 of "Actions Speak Louder than Words" (ICML 2024): `hstu_layer`, and in training, where gradients
+    are wanted or something is dropped, `fused_hstu_layer`, which knows no cache.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.num_heads = config.num_heads
         self.input_norm = nn.LayerNorm(config.hidden_dim, eps=config.norm_eps)
         self.uvqk = nn.Linear(config.hidden_dim, 4 * config.attention_dim)
         self.output_norm = nn.LayerNorm(config.attention_dim, eps=config.norm_eps)

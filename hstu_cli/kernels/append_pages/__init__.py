@@ -71,7 +71,7 @@ def append_to_pages(
     if {k.dtype, v.dtype} != {pages.dtype} or len({t.device for t in (k, v, rows, pages, slots)}) > 1:
         raise ValueError("k, v and pages must have one dtype, and all arguments one device")
     if rows.device.type == "cpu" and impl in ("torch", "flashinfer") and len(rows):  # the native operator looks itself
-        _check_places(rows, len(k), slots, pages.shape[0] * pages.shape[2])
+        _check_ranges(rows, len(k), slots, pages.shape[0] * pages.shape[2])
     match impl:
         case "torch":
             from hstu_cli.kernels.append_pages.reference import append
@@ -86,7 +86,18 @@ def append_to_pages(
     append(k, v, rows, pages, slots)
 
 
-def _check_places(rows: torch.Tensor, num_rows: int, slots: torch.Tensor, num_slots: int) -> None:
+def check_places(rows: torch.Tensor, slots: torch.Tensor, device: torch.device) -> None:
+    """ValueError unless rows and slots are as many int64 on this device."""
+    if rows.dim() != 1 or rows.shape != slots.shape or {rows.dtype, slots.dtype} != {torch.int64}:
+        raise ValueError(
+            f"rows and slots must be as many int64, not {rows.dtype} {list(rows.shape)} and "
+            f"{slots.dtype} {list(slots.shape)}"
+        )
+    if rows.device != device or slots.device != device:
+        raise ValueError(f"rows and slots must be on {device}, not {rows.device} and {slots.device}")
+
+
+def _check_ranges(rows: torch.Tensor, num_rows: int, slots: torch.Tensor, num_slots: int) -> None:
     for name, places, count in (("row", rows, num_rows), ("slot", slots, num_slots)):
         least, most = (int(value) for value in places.aminmax())
         if least < 0 or most >= count:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hstu_cli.kernels.append_pages import append_to_pages
+from hstu_cli.kernels.append_pages import append_to_pages, check_places
+from hstu_cli.kernels.attention.plan import BatchPlan
+from hstu_cli.kernels.paged_attention import check_pages, check_pool
 from hstu_cli.kernels.paged_attention.plan import PagePlan
 
 # Shapes: T tokens, H heads, d head_dim.
@@ -27,6 +29,12 @@ class LayerPages:
     new_slots: torch.Tensor
     append_impl: str
     wait: Callable[[], None]
+
+    def check(self, x: torch.Tensor, num_heads: int, head_dim: int, plan: BatchPlan) -> None:
+        """ValueError unless all this fits a batch of x [T, D] with such heads."""
+        check_pages(x, num_heads, head_dim, self.pages)
+        check_pool(self.pages, self.plan, plan)
+        check_places(self.new_rows, self.new_slots, x.device)
 
     def store(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write the new ones of k and v [T, H, d] into the pages, once these are there."""

@@ -41,7 +41,7 @@ def hstu_paged_attention(
     `plan_pages` once and `paged_attention` for each.
     """
     check_like_q(q, k, v)
-    _check_pages(q, pages)
+    check_pages(q, *q.shape[1:], pages)
     plan = plan_batch(seq_offsets, num_candidates, q.shape[0], q.device)
     page_plan = plan_pages(
         page_indptr,
@@ -69,7 +69,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """`hstu_paged_attention` of a planned batch: looks at shapes, dtypes and devices alone, and waits for nothing."""
     check_planned(q, k, v, plan, scaling_seqlen)
-    _check_pages(q, pages)
+    check_pages(q, *q.shape[1:], pages)
     check_pool(pages, page_plan, plan)
     match choose_impl_for(impl, q, k, v, pages):
         case "reference":
@@ -103,10 +103,9 @@ def check_pool(pages: torch.Tensor, page_plan: PagePlan, plan: BatchPlan) -> Non
         )
 
 
-def _check_pages(q: torch.Tensor, pages: torch.Tensor) -> None:
-    """ValueError unless pages is [num_pages, 2, page_size, heads, head_dim] like q."""
-    if pages.dim() != 5 or pages.shape[1] != 2 or pages.shape[3:] != q.shape[1:] or pages.shape[2] < 1:
-        heads, head_dim = q.shape[1:]
-        raise ValueError(f"pages must be [num_pages, 2, page_size, {heads}, {head_dim}], not {list(pages.shape)}")
-    if pages.dtype != q.dtype or pages.device != q.device:
-        raise ValueError(f"pages must be {q.dtype} on {q.device} like q, not {pages.dtype} on {pages.device}")
+def check_pages(x: torch.Tensor, num_heads: int, head_dim: int, pages: torch.Tensor) -> None:
+    """ValueError unless pages is [num_pages, 2, page_size, num_heads, head_dim] of the dtype and on the device of x."""
+    if pages.dim() != 5 or pages.shape[1] != 2 or pages.shape[3:] != (num_heads, head_dim) or pages.shape[2] < 1:
+        raise ValueError(f"pages must be [num_pages, 2, page_size, {num_heads}, {head_dim}], not {list(pages.shape)}")
+    if pages.dtype != x.dtype or pages.device != x.device:
+        raise ValueError(f"pages must be {x.dtype} on {x.device} like q, not {pages.dtype} on {pages.device}")

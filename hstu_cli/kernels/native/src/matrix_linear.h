@@ -330,10 +330,11 @@ struct Division {
 // columns: so each row is brought into tiles once. Else all threads share a group's columns.
 inline Division divide(int64_t rows, int64_t most_rows, const PackedWeight& weight) {
   constexpr int64_t LEAST_ROWS = 128, TASKS_PER_THREAD = 8;
-  const int64_t threads = at::get_num_threads(), least = (rows + most_rows - 1) / most_rows;
+  const int64_t threads = at::get_num_threads(), least = std::max<int64_t>(1, (rows + most_rows - 1) / most_rows);
   const bool by_rows = threads == 1 || (least > 1 && rows >= LEAST_ROWS * threads);
+  const int64_t most_parts = std::max<int64_t>(1, weight.blocks());
   const int64_t groups = by_rows ? round_up(least, threads) : least, wanted = TASKS_PER_THREAD * threads;
-  const int64_t parts = by_rows ? 1 : std::clamp<int64_t>((wanted + groups - 1) / groups, 1, weight.blocks());
+  const int64_t parts = by_rows ? 1 : std::clamp((wanted + groups - 1) / groups, int64_t(1), most_parts);
   return {RowGroups(rows, groups), parts};
 }
 

@@ -60,7 +60,7 @@ class MatrixRows {
     Ahead(const KeyRow<bf16>* rows, int64_t count, const bf16* KeyRow<bf16>::*part, int64_t elements)
         : row_(rows), last_(rows + count), part_(part), bytes_(elements * 2) {}
 
-    int64_t num_lines() const { return (last_ - row_) * (bytes_ / 64); }
+    int64_t num_lines() const { return (last_ - row_) * ((bytes_ + 63) / 64); }
 
     void operator()() {
       if (row_ == last_) return;

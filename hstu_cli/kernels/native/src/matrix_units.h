@@ -64,7 +64,7 @@ inline __attribute__((always_inline)) void multiply_steps(
     _tile_zero(3);
   }
   const auto fetch = [&]() __attribute__((always_inline)) {
-    for (int64_t i = 0; i < lines.each; ++i) lines.line();
+    for (int64_t i = 0; i < lines.each; ++i) lines.fetch();
   };
   const auto multiply = [&](int64_t i) __attribute__((always_inline)) {
     HSTU_LOAD_OPERAND(reuse == Reuse::right, 4, a.first + i * a.step, a.row_bytes);

@@ -47,6 +47,33 @@ at::Tensor run(
   return out;
 }
 
+// Pages and their tables, if there are any, for so many sequences.
+void check_pages(
+    const std::optional<at::Tensor>& pages, at::ScalarType dtype, int64_t num_heads, int64_t head_dim,
+    size_t num_sequences, at::IntArrayRef offsets, at::IntArrayRef page_indptr, at::IntArrayRef page_ids,
+    at::IntArrayRef cached_lengths) {
+  TORCH_CHECK_VALUE(offsets.size() == num_sequences + 1, "offsets and num_candidates do not fit");
+  TORCH_CHECK_VALUE(pages.has_value() == !page_indptr.empty(), "pages and their tables come together");
+  if (!pages) return;
+  TORCH_CHECK_VALUE(
+      pages->dim() == 5 && pages->size(1) == 2 && pages->scalar_type() == dtype && pages->is_cpu() &&
+          pages->size(3) == num_heads && pages->size(4) == head_dim,
+      "pages must be [num_pages, 2, page_size, heads, head_dim] like q");
+  TORCH_CHECK_VALUE(
+      page_indptr.size() == offsets.size() && cached_lengths.size() == num_sequences,
+      "page tables do not fit the sequences");
+  for (size_t b = 0; b < num_sequences; ++b) {
+    const int64_t held = page_indptr[b + 1] - page_indptr[b];
+    TORCH_CHECK_VALUE(
+        page_indptr[b] >= 0 && page_indptr[b + 1] <= static_cast<int64_t>(page_ids.size()) && cached_lengths[b] >= 0 &&
+            cached_lengths[b] <= held * pages->size(2),
+        "page tables hold too few pages");
+  }
+  for (const int64_t page : page_ids) {
+    TORCH_CHECK_VALUE(page >= 0 && page < pages->size(0), "no page ", page);
+  }
+}
+
 at::Tensor paged_attention(
     const at::Tensor& q_any, const at::Tensor& k_any, const at::Tensor& v_any, at::IntArrayRef offsets,
     at::IntArrayRef num_candidates, const std::optional<at::Tensor>& pages_any, at::IntArrayRef page_indptr,
@@ -55,28 +82,10 @@ at::Tensor paged_attention(
   check_like(q_any, k_any);
   check_like(q_any, v_any);
   const at::Tensor q = last_contiguous(q_any), k = last_contiguous(k_any), v = last_contiguous(v_any);
-  at::Tensor pages;
-  TORCH_CHECK_VALUE(pages_any.has_value() == !page_indptr.empty(), "pages and their tables come together");
-  if (pages_any) {
-    TORCH_CHECK_VALUE(
-        pages_any->dim() == 5 && pages_any->size(1) == 2 && pages_any->scalar_type() == q.scalar_type() &&
-            pages_any->is_cpu() && pages_any->sizes().slice(3) == q.sizes().slice(1),
-        "pages must be [num_pages, 2, page_size, heads, head_dim] like q");
-    pages = last_contiguous(*pages_any);
-    TORCH_CHECK_VALUE(
-        page_indptr.size() == offsets.size() && cached_lengths.size() == num_candidates.size(),
-        "page tables do not fit the sequences");
-    for (size_t b = 0; b < cached_lengths.size(); ++b) {
-      const int64_t held = page_indptr[b + 1] - page_indptr[b];
-      TORCH_CHECK_VALUE(
-          page_indptr[b] >= 0 && page_indptr[b + 1] <= static_cast<int64_t>(page_ids.size()) &&
-              cached_lengths[b] >= 0 && cached_lengths[b] <= held * pages.size(2),
-          "page tables hold too few pages");
-    }
-    for (const int64_t page : page_ids) {
-      TORCH_CHECK_VALUE(page >= 0 && page < pages.size(0), "no page ", page);
-    }
-  }
+  check_pages(
+      pages_any, q.scalar_type(), q.size(1), q.size(2), num_candidates.size(), offsets, page_indptr, page_ids,
+      cached_lengths);
+  const at::Tensor pages = pages_any ? last_contiguous(*pages_any) : at::Tensor();
   std::vector<Sequence> sequences = sequences_of(q, offsets, num_candidates, page_indptr, page_ids, cached_lengths);
   auto call = [&]<typename tiles_t>() {
     return run<tiles_t>(q, k, v, std::move(sequences), pages, alpha, scaling_seqlen);
@@ -226,7 +235,8 @@ at::Tensor run_linear(
     const finish_t& finish) {
   const PackedWeight weight{out_width, x.size(1)};
   TORCH_CHECK_VALUE(
-      packed.numel() == weight.size() && packed.scalar_type() == at::kBFloat16 && x.size(1) > 0,
+      packed.numel() == weight.size() && packed.scalar_type() == at::kBFloat16 && packed.is_cpu() &&
+          packed.is_contiguous() && x.size(1) > 0,
       "weight packed for other widths");
   TORCH_CHECK_VALUE(
       num_parts == 1 || (num_parts > 1 && out_width % (num_parts * PackedWeight::COLUMNS) == 0),
@@ -314,13 +324,21 @@ at::Tensor layer(
   const int64_t inner = output_norm_weight.numel();
   TORCH_CHECK_VALUE(
       num_heads > 0 && inner % num_heads == 0 && uvqk_bias.numel() == 4 * inner, "weights do not fit the heads");
+  TORCH_CHECK_VALUE(!offsets.empty() && x.dim() == 2 && offsets.back() == x.size(0), "offsets do not fit x");
+  TORCH_CHECK_VALUE(
+      new_rows.has_value() == new_slots.has_value() && (pages || !new_rows), "pages, rows and slots come together");
+  check_pages(
+      pages, x.scalar_type(), num_heads, inner / num_heads, num_candidates.size(), offsets, page_indptr, page_ids,
+      cached_lengths);  // before anything is stored
   const bool separate = inner % PackedWeight::COLUMNS == 0;  // parts have memory of their own then
   const at::Tensor uvqk =
       norm_linear_silu(x, input_norm_weight, input_norm_bias, eps, packed_uvqk, uvqk_bias, separate ? 4 : 1);
-  const auto part = [&](int64_t i) { return separate ? uvqk.select(0, i) : uvqk.select(0, 0).narrow(1, i * inner, inner); };
+  const auto part = [&](int64_t i) {
+    return separate ? uvqk.select(0, i) : uvqk.select(0, 0).narrow(1, i * inner, inner);
+  };
   const auto heads = [&](int64_t i) { return part(i).unflatten(1, {num_heads, inner / num_heads}); };
   const at::Tensor v = heads(1), q = heads(2), k = heads(3);
-  if (pages && new_rows && new_slots && new_rows->numel()) append(k, v, *new_rows, *pages, *new_slots);
+  if (new_rows) append(k, v, *new_rows, *pages, *new_slots);
   const at::Tensor o = paged_attention(
       q, k, v, offsets, num_candidates, pages, page_indptr, page_ids, cached_lengths, alpha, scaling_seqlen);
   return norm_mul_linear_residual(

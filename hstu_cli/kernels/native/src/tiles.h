@@ -45,11 +45,11 @@ struct TileSums {
   int64_t below = 2 * SUM_TILE, rows = 32, columns = 32;
 };
 
-// Lines brought closer beside products: line() fetches the next one, so many times beside half a step of 32 rows and
+// Lines brought closer beside products: fetch() brings the next one, so many times beside half a step of 32 rows and
 // columns.
 template <typename line_t>
 struct Lines {
-  line_t& line;
+  line_t& fetch;
   int64_t each;
 };
 

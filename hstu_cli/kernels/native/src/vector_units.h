@@ -79,7 +79,7 @@ inline __attribute__((always_inline)) void multiply_steps(
       float* target = sums.tiles + row / 16 * sums.below + in_tile * 16;
       const auto multiply = rows == 8 ? multiply_rows<8, 2, line_t> : multiply_rows<16, 1, line_t>;
       multiply(
-          steps, left, a.step * static_cast<int64_t>(sizeof(bf16)), a.row_bytes, b, target, sums.add, lines.line,
+          steps, left, a.step * static_cast<int64_t>(sizeof(bf16)), a.row_bytes, b, target, sums.add, lines.fetch,
           num_lines);
     }
     for (int64_t i = part * steps / 2; i < (part + 1) * steps / 2; ++i) beside(i);
