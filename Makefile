@@ -37,7 +37,7 @@ sanitize: $(READY)  ## Run the operators' tests on native kernels built with san
 	CXX=g++ HSTU_KERNEL_CXXFLAGS="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest -k native tests/test_attention.py tests/test_paged_attention.py tests/test_append.py tests/test_norm.py \
-	  tests/test_linear.py tests/test_norm_linear.py tests/test_native.py tests/test_native_training.py \
+	  tests/test_linear.py tests/test_norm_linear.py tests/test_layer.py tests/test_native.py tests/test_native_training.py \
 	  tests/test_fused_layer.py tests/test_attention_gradients.py $(ARGS)
 
 aot: $(READY)  ## Compile the Triton kernels for every chip; no GPU is needed (add ARGS='--chip 90')

@@ -153,19 +153,25 @@ def test_keys_of_pages_and_new_ones_whose_heads_lie_differently(threads) -> None
     assert torch.equal(found, expected)
 
 
+EMULATED = f"-D__AMX_BF16__ -D__AMX_TILE__ -include {Path(__file__).parent}/support/emulated_tiles.h"
+
+
 @pytest.mark.native
 @pytest.mark.skipif("avx512_bf16" not in build._cpu_features(), reason="a CPU without AVX-512 BF16")
-def test_bf16_tiles_in_vectors_instead_of_matrix_units() -> None:
-    if torch.ops.hstu_native.bf16_tile_units() == "vectors":
-        pytest.skip("no matrix units here: every test of bf16 is one of vectors")
-    files = ("attention", "paged_attention", "linear", "norm_linear", "attention_gradients", "native_training")
+@pytest.mark.parametrize(
+    ("units", "flags"), [("vectors", "-mno-amx-bf16 -mno-amx-tile"), ("matrix units", EMULATED)], ids=["vectors", "amx"]
+)
+def test_bf16_tiles_in_the_units_that_this_cpu_does_not_use(units: str, flags: str) -> None:
+    if torch.ops.hstu_native.bf16_tile_units() == units:
+        pytest.skip(f"every test of bf16 is one of {units} here")
+    files = ("attention", "paged_attention", "linear", "norm_linear", "layer", "attention_gradients", "native_training")
     code = (
         "import pytest, torch\n"
         f"files = ['tests/test_%s.py' % name for name in {files}]\n"
         "assert pytest.main(['-q', '-k', 'native and (bfloat16 or products or columns)', *files]) == 0\n"
-        "assert torch.ops.hstu_native.bf16_tile_units() == 'vectors'\n"
+        f"assert torch.ops.hstu_native.bf16_tile_units() == '{units}'\n"
     )
-    done = in_process(code, **{build.FLAGS_VARIABLE: "-mno-amx-bf16 -mno-amx-tile"})
+    done = in_process(code, **{build.FLAGS_VARIABLE: flags})
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -44,9 +44,9 @@ struct TileSession {
     _tile_loadd(tile, data, row_bytes);                        \
   }
 
-// sums = [a0; a1] [b0 b1] over so many tiles of each (a number, or a constant whose loop is unrolled), or that is added.
-// beside(i) runs between, 2 steps times, as other units are free meanwhile; it must leave these sums alone, which change at
-// any time.
+// sums = [a0; a1] [b0 b1] over so many tiles of each (a number, or a constant whose loop is unrolled), or that is
+// added. beside(i) runs between, 2 steps times, as other units are free meanwhile, and lines are fetched before it; it must
+// leave these sums alone, which change at any time.
 template <Reuse reuse = Reuse::both, typename steps_t, typename beside_t, typename line_t>
 inline __attribute__((always_inline)) void multiply_steps(
     steps_t steps, const Operands& a, const Operands& b, const TileSums& sums, const beside_t& beside,
@@ -95,15 +95,24 @@ inline __attribute__((always_inline)) void multiply_steps(
 #undef HSTU_LOAD_TILE
 #undef HSTU_LOAD_OPERAND
 
-// Whether this CPU multiplies bf16 tiles, oneDNN may use them too (its settings count here) and the system lets us.
+// Whether this CPU has matrix units, oneDNN may use them too (its settings count here), and the system lets us.
+inline bool tile_units_are_allowed() {
+#ifdef HSTU_EMULATED_TILES  // a test has functions in their place
+  return true;
+#else
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  constexpr unsigned AMX_BF16 = 1 << 22;  // of leaf 7; not every compiler has a name for it
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & AMX_BF16)) return false;
+  if (!at::native::cpublas::could_pack(at::kBFloat16)) return false;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#endif
+}
+
+// Whether they multiply here, too.
 inline bool tile_units_work() {
   static const bool work = [] {
-    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    constexpr unsigned AMX_BF16 = 1 << 22;  // of leaf 7; not every compiler has a name for it
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & AMX_BF16)) return false;
-    if (!at::native::cpublas::could_pack(at::kBFloat16)) return false;
-    if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0) return false;
+    if (!tile_units_are_allowed()) return false;
     alignas(64) bf16 ones[2 * TILE];
     alignas(64) float sums[4 * SUM_TILE];
     std::fill_n(ones, 2 * TILE, bf16(1.0f));
