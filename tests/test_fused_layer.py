@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.layers import random_weights
 
 from hstu_cli.bench.memory import MemoryTimeline
 from hstu_cli.config import ModelConfig
@@ -44,15 +45,7 @@ class Layer:
         )
         self.tensors = (
             normal(sum(lengths), width, mean=0.3),
-            *LayerWeights(
-                normal(width, mean=1, std=0.2),
-                normal(width, std=0.2),
-                normal(4 * inner, width, std=width**-0.5),
-                normal(4 * inner, std=0.2),
-                normal(inner, mean=1, std=0.2),
-                normal(inner, std=0.2),
-                normal(width, inner, std=inner**-0.5),
-            ),
+            *random_weights(normal, width, inner),
         )
         self.grad_out = normal(sum(lengths), width)
 

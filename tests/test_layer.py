@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 from support.implementations import IMPLEMENTATIONS, device_of
+from support.layers import random_weights
 from torch.profiler import ProfilerActivity, profile
 
 from hstu_cli.config import MODEL_PRESETS
 from hstu_cli.kernels import (
     LayerPages,
-    LayerWeights,
     fused_hstu_layer,
     hstu_layer,
     jagged_attention,
@@ -24,6 +24,7 @@ from hstu_cli.kernels import (
 )
 from hstu_cli.kernels.paged_attention.native import flat
 from hstu_cli.kvcache.batch import PagedAttention
+from hstu_cli.kvcache.storage import PageStorage
 from hstu_cli.model.layer import HSTULayer, JaggedAttention
 
 EPS, ALPHA, SCALING_SEQLEN, PAGE_SIZE = 1e-5, 0.3, 50, 4
@@ -55,15 +56,7 @@ class Inputs:
             return (torch.randn(*sizes, generator=generator) * std + mean).to(dtype).to(device)
 
         self.x = normal(sum(new), width, mean=0.3)
-        self.weights = LayerWeights(
-            normal(width, mean=1, std=0.2),
-            normal(width, std=0.2),
-            normal(4 * inner, width, std=width**-0.5),
-            normal(4 * inner, std=0.2),
-            normal(inner, mean=1, std=0.2),
-            normal(inner, std=0.2),
-            normal(width, inner, std=inner**-0.5),
-        )
+        self.weights = random_weights(normal, width, inner)
         offsets = torch.tensor([0, *new]).cumsum(0)
         self.plan = plan_batch(offsets, torch.tensor(candidates), sum(new), device)
         held = [-(-(c + n) // PAGE_SIZE) for c, n in zip(cached, new, strict=True)]
@@ -236,7 +229,8 @@ def test_over_cached_pages_there_are_no_gradients_and_nothing_is_dropped() -> No
     config = dataclasses.replace(MODEL_PRESETS["tiny"], num_layers=1)
     layer = HSTULayer(config).train()
     layer.dropout = 0.5
-    attention = PagedAttention(config, None, [], inputs.plan, inputs.page_plan, inputs.rows, inputs.slots, "blocked")
+    storage = PageStorage(inputs.full[None])
+    attention = PagedAttention(config, storage, [], inputs.plan, inputs.page_plan, inputs.rows, inputs.slots, "blocked")
     with pytest.raises(ValueError, match=r"call eval\(\)"), torch.no_grad():
         layer(torch.randn(50, config.hidden_dim), attention, 0)
 

@@ -59,17 +59,18 @@ class HSTULayer(nn.Module):
 
     def forward(self, x: torch.Tensor, attention: Attention, layer: int) -> torch.Tensor:
         """X [T, D] to x' [T, D]."""
+        cached, weights = attention.pages_of(layer), self.weights
         drops = bool(self.dropout) and self.training
-        if isinstance(attention, JaggedAttention) and (drops or wants_gradient(x, *self.weights)):
+        if cached is None and (drops or wants_gradient(x, *weights)):
             return self._fused(x, attention)
         if drops:
             raise ValueError("a layer in training drops; call eval() before it runs over cached keys and values")
         config = attention.config
         return hstu_layer(
             x,
-            self.weights,
+            weights,
             attention.plan,
-            attention.pages_of(layer),
+            cached,
             num_heads=self.num_heads,
             alpha=config.alpha,
             scaling_seqlen=config.scaling_seqlen,
@@ -91,7 +92,7 @@ class HSTULayer(nn.Module):
             self.output.weight,
         )
 
-    def _fused(self, x: torch.Tensor, attention: JaggedAttention) -> torch.Tensor:
+    def _fused(self, x: torch.Tensor, attention: Attention) -> torch.Tensor:
         """See `forward`; activations are in autocast's dtype where that is on, which `reference` follows by itself.
 
         The seed of a dropout mask comes from torch's generator, so the mask follows from that generator's seed.
